@@ -1,0 +1,95 @@
+"""A base model as data: its config, header table, module table and how it is quantized. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapterkit.hub.headers import Stored
+from adapterkit.hub.sources import ByteSource
+
+LINEAR, CONV1D, EMBEDDING, NORM, CONV, EXPERTS, OTHER = (
+    "linear", "conv1d", "embedding", "norm", "conv", "experts", "other",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Module:
+    """A row of the module table: one leaf module of the model as transformers builds it.
+
+    name: dotted path at run time. type: one of the names above.
+    shape: logical weight shape: (out, in) for linear and conv1d, whatever the file stores;
+    (rows, width) for an embedding; (experts, out, in) for a fused expert parameter.
+    weight: the checkpoint tensors that hold it, in order (one, or one per expert); empty when the
+    checkpoint has none (a head still to be created, a tied head).
+    bias: the checkpoint tensor of the bias, "" when the checkpoint has none but the model has one,
+    None when the module has no bias.
+    tied_to: the module whose weight this one shares.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    weight: tuple[str, ...] = ()
+    bias: str | None = None
+    tied_to: str | None = None
+
+    @property
+    def n_in(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def n_out(self) -> int:
+        return self.shape[-2] if len(self.shape) > 1 else self.shape[0]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How weights are stored: method `nf4`, `fp4`, `int8` or `none`.
+
+    double_quant, compute_dtype, block_size are None when unknown or meaningless.
+    """
+
+    method: str
+    double_quant: bool | None = None
+    compute_dtype: str | None = None
+    block_size: int | None = None
+
+    def record(self) -> dict[str, Any]:
+        fields = {
+            "method": self.method,
+            "double_quant": self.double_quant,
+            "compute_dtype": self.compute_dtype,
+            "block_size": self.block_size,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model, described. `tensors` is empty for a live model (its weights are not files)."""
+
+    name: str
+    config: Mapping[str, Any]
+    modules: Mapping[str, Module]
+    tensors: Mapping[str, Stored] = field(default_factory=dict)
+    quantization: Quantization = Quantization("none")
+    weight_files: Mapping[str, ByteSource] = field(default_factory=dict)
+    tokenizer: str | None = None
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", ""))
+
+    @property
+    def architecture(self) -> str:
+        names = self.config.get("architectures") or [""]
+        return str(names[0])
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Rows of the input embedding, from the config."""
+        config = self.config.get("text_config") or self.config
+        size = config.get("vocab_size")
+        return size if isinstance(size, int) else None

@@ -1,0 +1,76 @@
+"""What a check saw: findings, and the verdict over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+ERROR, WARNING, INFO = "error", "warning", "info"
+
+IDENTICAL = "identical"
+SAME_CAST = "same-weights-cast"
+QUANTIZED_DIFFERENTLY = "quantized-differently"
+FITS = "fits"
+OTHER_WEIGHTS = "other-weights"
+INCOMPATIBLE = "incompatible"
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """One thing that is not as it should be.
+
+    tensor: the tensor, module, config field or file it is about.
+    expected, found: both sides of the comparison, ready to print.
+    """
+
+    severity: str
+    code: str
+    tensor: str
+    expected: str = ""
+    found: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        facts = [f"expected {self.expected}"] if self.expected else []
+        facts += [f"found {self.found}"] if self.found else []
+        text = f"{clean(self.tensor)}: {clean(', '.join(facts))}" if facts else clean(self.tensor)
+        return f"{text} [{self.code}]"
+
+
+@dataclass(frozen=True)
+class Report:
+    """The answer of `check`. level: the strongest comparison that was possible
+    (`files`, `tensors`, `touched`, `sketch`, `layout` or `none`)."""
+
+    verdict: str
+    findings: tuple[Finding, ...]
+    level: str
+    source: str = ""
+    base: str = ""
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == ERROR)
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == WARNING)
+
+
+def clean(text: str, limit: int = 200) -> str:
+    """`text` safe to print: control and invisible characters escaped, the middle cut when long."""
+    shown = "".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in text)
+    if len(shown) <= limit:
+        return shown
+    half = limit // 2 - 3
+    return f"{shown[:half]} ... {shown[-half:]}"
+
+
+def listing(findings: Iterable[Finding], limit: int = 40) -> str:
+    """The findings, one a line, sorted, errors first; the rest is counted."""
+    rank = {ERROR: 0, WARNING: 1, INFO: 2}
+    rows = sorted(set(findings), key=lambda f: (rank[f.severity], f))
+    lines = [f"  {row.severity}: {row}" for row in rows[:limit]]
+    lines += [f"  ... and {len(rows) - limit} more"] if len(rows) > limit else []
+    return "\n".join(lines)

@@ -1,0 +1,187 @@
+"""The safetensors header, read strictly and without the tensors.
+
+Format: 8 bytes little-endian header length, that many bytes of JSON, then the data; every byte of
+the data belongs to exactly one tensor (https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from adapterkit.hub.findings import clean
+from adapterkit.hub.sources import ByteSource
+from adapterkit.registry.errors import DamagedError
+
+# bits, since the format has types smaller than a byte
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+    "I32": 32, "U32": 32, "F32": 32,
+    "I64": 64, "U64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
+FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+# The limit of the safetensors library itself.
+MAX_HEADER = 100_000_000
+LFS_MARK = b"version https://git-lfs.github.com/spec/"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: key, safetensors dtype name, shape, and the bytes [start, stop) of `source`."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: ByteSource
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def read(self) -> bytes:
+        return self.source.read(self.start, self.size)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Header:
+    """Tensors by key in file order, and the file's `__metadata__`."""
+
+    tensors: dict[str, Stored]
+    metadata: dict[str, str]
+
+
+def read_header(source: ByteSource) -> Header:
+    """The header of a safetensors file. Raises DamagedError naming the file and every fault."""
+    name = clean(source.name)
+    prefix = source.read(0, min(source.size, 64))
+    _refuse_other_formats(prefix, name, source.size)
+    length = int.from_bytes(prefix[:8], "little")
+    if length > MAX_HEADER or length < 2:
+        raise DamagedError(
+            f"{name} is not a safetensors file: the header length it declares is {length} bytes"
+        )
+    if 8 + length > source.size:
+        raise DamagedError(
+            f"{name} has a truncated header: {length} bytes declared, the file has {source.size}"
+        )
+    entries, metadata = _parse(source.read(8, length), name)
+    faults: list[str] = []
+    tensors: dict[str, Stored] = {}
+    for key, entry in entries.items():
+        stored = _tensor(key, entry, source, 8 + length, faults)
+        if stored is not None:
+            tensors[key] = stored
+    faults.extend(_layout(tensors.values(), 8 + length, source.size) if not faults else [])
+    if faults:
+        shown = "; ".join(faults[:20]) + (f"; {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise DamagedError(f"{name} has a damaged header: {shown}")
+    return Header(tensors, metadata)
+
+
+def _refuse_other_formats(prefix: bytes, name: str, size: int) -> None:
+    start = prefix.lstrip().lower()
+    if size == 0:
+        raise DamagedError(f"{name} is empty: 0 bytes")
+    if prefix.startswith(LFS_MARK):
+        raise DamagedError(f"{name} is a git-LFS pointer, not the weights", hint="git lfs pull")
+    if start.startswith((b"<!doctype", b"<html")):
+        raise DamagedError(f"{name} is an HTML page, not a safetensors file")
+    if prefix.startswith(b"PK\x03\x04") or prefix[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+        raise DamagedError(
+            f"{name} is a pickle or torch archive, not a safetensors file (no safetensors header)",
+            hint="pickles can run code and are never opened: save it again with safetensors",
+        )
+    if size < 8:
+        raise DamagedError(f"{name} has {size} bytes: truncated before the end of its header")
+
+
+def _parse(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    repeated: list[str] = []
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            keys = [key for key, _ in items]
+            repeated.extend(sorted({key for key in keys if keys.count(key) > 1}))
+        return found
+
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{name} has a header that is not JSON: {clean(str(error))}") from error
+    if not isinstance(value, dict):
+        raise DamagedError(f"{name} has a header that is not a JSON object")
+    if repeated:
+        shown = ", ".join(clean(key) for key in repeated)
+        raise DamagedError(f"{name} has duplicate keys in its header: {shown}")
+    metadata = value.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise DamagedError(f"{name} has a header whose __metadata__ does not map strings to strings")
+    return value, metadata
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _tensor(
+    key: str, entry: object, source: ByteSource, data: int, faults: list[str]
+) -> Stored | None:
+    shown = clean(key)
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        faults.append(f"{shown} is not a tensor entry of dtype, shape and data_offsets")
+        return None
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    before = len(faults)
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        faults.append(f"{shown} has an unknown dtype {clean(repr(dtype))}")
+    if not isinstance(shape, list) or not all(map(_count, shape)):
+        faults.append(f"{shown} has a shape with a negative or non-integer size: {clean(repr(shape))}")
+    elif math.prod(shape) >= 1 << 63:
+        faults.append(f"{shown} has a shape whose size overflows 64 bits: {clean(repr(shape))}")
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_count, offsets))):
+        faults.append(f"{shown} has malformed data_offsets {clean(repr(offsets))}")
+    elif offsets[0] > offsets[1]:
+        faults.append(f"{shown} has data_offsets that end before they start: {offsets}")
+    elif data + offsets[1] > source.size:
+        faults.append(
+            f"{shown} has data_offsets {offsets} out of range: the file is truncated, expected at"
+            f" least {data + offsets[1]} bytes, actual size {source.size}"
+        )
+    if len(faults) > before:
+        return None
+    start, stop = offsets
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != (stop - start) * 8:
+        faults.append(
+            f"{shown} has shape {shape} of {dtype}, {bits // 8} bytes, but its data_offsets hold"
+            f" {stop - start} bytes in size"
+        )
+        return None
+    return Stored(key, dtype, tuple(shape), source, data + start, data + stop)
+
+
+def _layout(tensors: Iterable[Stored], data: int, size: int) -> list[str]:
+    """Faults of the byte ranges as a whole: overlaps, holes, and bytes after the last tensor."""
+    faults = []
+    end = data
+    for tensor in sorted(tensors, key=lambda t: (t.start, t.stop)):
+        shown = clean(tensor.key)
+        if tensor.start < end:
+            faults.append(f"the data_offsets of {shown} overlap those of the tensor before it")
+        elif tensor.start > end:
+            faults.append(f"a hole of {tensor.start - end} bytes before the offset of {shown}")
+        end = max(end, tensor.stop)
+    if end < size:
+        faults.append(f"trailing bytes: the tensors end at offset {end}, the file size is {size}")
+    return faults

@@ -1,0 +1,121 @@
+"""Where bytes come from: one interface for a file, a blob and a remote range."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from adapterkit.hub.findings import clean
+from adapterkit.registry.errors import DamagedError, NotFoundError
+
+
+class ByteSource(Protocol):
+    """Random access to immutable bytes. `name` is what messages call it, `size` is in bytes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, start: int, size: int) -> bytes:
+        """Exactly `size` bytes from `start`; DamagedError when they are not there."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """A local regular file."""
+
+    path: Path
+    name: str
+    size: int
+
+    @classmethod
+    def open(cls, path: Path, name: str | None = None) -> FileSource:
+        """Raises NotFoundError if there is nothing, DamagedError if it is not a regular file."""
+        shown = clean(name or str(path))
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise NotFoundError(f"{shown}: {error.strerror or error}") from error
+        if stat.S_ISDIR(status.st_mode):
+            raise DamagedError(f"{shown} is a directory, not a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedError(f"{shown} is not a file (a device, pipe or socket)")
+        return cls(path, name or path.name, status.st_size)
+
+    def read(self, start: int, size: int) -> bytes:
+        with self.path.open("rb") as file:
+            data = os.pread(file.fileno(), size, start)
+            while len(data) < size:  # pread stops at 2 GiB
+                more = os.pread(file.fileno(), size - len(data), start + len(data))
+                if not more:
+                    raise DamagedError(
+                        f"{clean(self.name)} is truncated: expected {size} bytes at {start},"
+                        f" found {len(data)}"
+                    )
+                data += more
+        return data
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Named files of one adapter or base: a directory, or a version in a registry.
+
+    name: what messages call it. files: relative POSIX path -> source.
+    root: the directory, where it is one. stored: the record of the registry version, where it is
+    one (`id`, `manifest`).
+    """
+
+    name: str
+    files: Mapping[str, ByteSource]
+    root: Path | None = None
+    manifest: Mapping[str, object] | None = None
+    links: tuple[str, ...] = field(default=())
+
+    def file(self, path: str) -> ByteSource:
+        if path not in self.files:
+            raise NotFoundError(f"{clean(self.name)} has no {path}")
+        return self.files[path]
+
+
+def open_folder(path: Path, *, follow_links: bool = False) -> Folder:
+    """The files of a directory and its subdirectories, nothing opened yet.
+
+    Symbolic links are refused (DamagedError, all of them named): an imported folder must not
+    reach outside itself. `follow_links` is for base models, whose caches are made of links.
+    """
+    if not path.exists():
+        raise NotFoundError(f"{clean(str(path))} does not exist")
+    if not path.is_dir():
+        raise DamagedError(
+            f"{clean(str(path))} is a file, expected a folder",
+            hint="archives are never opened, as paths inside them can lead outside of the folder:"
+            " unpack it and give the folder",
+        )
+    files: dict[str, ByteSource] = {}
+    links: list[str] = []
+    for parent, folders, names in os.walk(path):
+        here = Path(parent)
+        linked = [name for name in folders if (here / name).is_symlink()]
+        for name in sorted(names + linked):
+            place = here / name
+            relative = place.relative_to(path).as_posix()
+            if place.is_symlink() and not follow_links:
+                links.append(relative)
+            elif name in names:
+                files[relative] = FileSource.open(place, relative)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    if links:
+        shown = ", ".join(f"{link} -> {(path / link).readlink()}" for link in links)
+        raise DamagedError(
+            f"{clean(str(path))} holds a symbolic link, which may lead outside of the folder:"
+            f" {clean(shown)}",
+            hint="copy the file itself into the folder",
+        )
+    return Folder(str(path), files, path)
