@@ -96,7 +96,10 @@ def _refuse_other_formats(prefix: bytes, name: str, size: int) -> None:
         raise DamagedError(f"{name} is a git-LFS pointer, not the weights", hint="git lfs pull")
     if start.startswith((b"<!doctype", b"<html")):
         raise DamagedError(f"{name} is an HTML page, not a safetensors file")
-    if prefix.startswith(b"PK\x03\x04") or prefix[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+    # A header length may start with the same two bytes as a pickle, but never with all eight.
+    is_length = size >= 8 and int.from_bytes(prefix[:8], "little") <= MAX_HEADER
+    pickled = prefix[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04") and not is_length
+    if prefix.startswith(b"PK\x03\x04") or pickled:
         raise DamagedError(
             f"{name} is a pickle or torch archive, not a safetensors file (no safetensors header)",
             hint="pickles can run code and are never opened: save it again with safetensors",

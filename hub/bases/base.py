@@ -37,11 +37,14 @@ class Module:
 
     @property
     def n_in(self) -> int:
-        return self.shape[-1]
+        """Inputs of the weight as a matrix (out, in); an embedding multiplies a one-hot row."""
+        return self.shape[0] if self.type == EMBEDDING else self.shape[-1]
 
     @property
     def n_out(self) -> int:
-        return self.shape[-2] if len(self.shape) > 1 else self.shape[0]
+        if self.type == EMBEDDING or len(self.shape) == 1:
+            return self.shape[-1]
+        return self.shape[-2]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,299 @@
+"""What transformers builds for each `model_type`: one row a family. Names as in transformers 5.
+
+A row says how checkpoint names become run-time names and what the header cannot tell; shapes come
+from the header. A model type without a row is refused, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from adapterkit.hub.bases.base import LINEAR, NORM
+
+
+@dataclass(frozen=True)
+class Head:
+    """A module that only some tasks have, with the shape it gets when the checkpoint lacks it.
+
+    rows, cols: a number, or "labels", "vocab", "hidden", "embed" (width of the input embedding).
+    inside: it lies in the body (a pooler), so it carries the body's prefix.
+    tied: it shares the input embedding's weight where the config ties embeddings.
+    """
+
+    name: str
+    rows: str | int
+    cols: str | int = "hidden"
+    bias: bool = False
+    type: str = LINEAR
+    inside: bool = False
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """One model class of a family. prefix: of the body, None for the family's own.
+    drop: pattern of body names this class does not have."""
+
+    heads: tuple[Head, ...] = ()
+    prefix: str | None = None
+    drop: str = ""
+
+
+@dataclass(frozen=True)
+class Fuse:
+    """Checkpoint tensors, one or more per expert, that are one parameter at run time.
+    pattern: groups 1, 2, 3 are the stem, the expert's number, the part; order: of the parts."""
+
+    pattern: str
+    target: str
+    order: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """name: what class names start with. embedding: the input embedding, relative to the body.
+    tied: `tie_word_embeddings` where the config is silent; always_tied: whatever the config says.
+    renames: (pattern, replacement) applied in order to checkpoint names.
+    ties: (module, source) inside the body that share a weight where embeddings are tied.
+    layers: pattern of body names whose group 1 counts to the config's number of layers.
+    """
+
+    name: str
+    prefix: str
+    embedding: str
+    tasks: Mapping[str, Task]
+    tied: bool = False
+    always_tied: bool = False
+    renames: tuple[tuple[str, str], ...] = ()
+    conv1d: str = ""
+    routers: str = ""
+    experts: tuple[Fuse, ...] = ()
+    ties: tuple[tuple[str, str], ...] = ()
+    layers: str = r"^(?:(?:de|en)coder\.|transformer\.)?(?:layers|layer|h)\.(\d+)\."
+    buffers: str = ""
+    classes: Mapping[str, str] = field(default_factory=dict)
+
+
+BARE = Task(prefix="")
+LM_HEAD = Head("lm_head", "vocab", "embed", tied=True)
+SCORE = Head("score", "labels")
+CLASSIFIER = Head("classifier", "labels", bias=True)
+ANSWERS = Head("qa_outputs", 2, bias=True)
+POOLER = Head("pooler.dense", "hidden", bias=True, inside=True)
+NO_POOLER = r"^pooler\."
+
+DECODER = {
+    "ForCausalLM": Task((LM_HEAD,)),
+    "Model": BARE,
+    "ForSequenceClassification": Task((SCORE,)),
+    "ForTokenClassification": Task((Head("score", "labels", bias=True),)),
+}
+# Llama's generic question answering model calls its body `transformer`.
+LLAMA = DECODER | {"ForQuestionAnswering": Task((ANSWERS,), prefix="transformer")}
+MISTRAL = DECODER | {"ForQuestionAnswering": Task((ANSWERS,))}
+CLASSIC = DECODER | {
+    "ForTokenClassification": Task((CLASSIFIER,)),
+    "ForQuestionAnswering": Task((ANSWERS,)),
+}
+OPT = {
+    "ForCausalLM": Task((LM_HEAD,)),
+    "Model": BARE,
+    "ForSequenceClassification": Task((Head("score", "labels", "embed"),)),
+    "ForQuestionAnswering": Task((Head("qa_outputs", 2, "embed", bias=True),)),
+}
+
+_PREDICTIONS = (
+    Head("cls.predictions.transform.dense", "hidden", bias=True),
+    Head("cls.predictions.transform.LayerNorm", "hidden", bias=True, type=NORM),
+    Head("cls.predictions.decoder", "vocab", "embed", bias=True, tied=True),
+)
+_ROBERTA_LM = (
+    Head("lm_head.dense", "hidden", bias=True),
+    Head("lm_head.layer_norm", "hidden", bias=True, type=NORM),
+    Head("lm_head.decoder", "vocab", "embed", bias=True, tied=True),
+)
+_TWO_LAYERS = (
+    Head("classifier.dense", "hidden", bias=True),
+    Head("classifier.out_proj", "labels", bias=True),
+)
+BERT = {
+    "ForMaskedLM": Task(_PREDICTIONS, drop=NO_POOLER),
+    "LMHeadModel": Task(_PREDICTIONS, drop=NO_POOLER),
+    "ForPreTraining": Task(
+        (POOLER, *_PREDICTIONS, Head("cls.seq_relationship", 2, bias=True)),
+    ),
+    "Model": Task((POOLER,), prefix=""),
+    "ForSequenceClassification": Task((POOLER, CLASSIFIER)),
+    "ForTokenClassification": Task((CLASSIFIER,), drop=NO_POOLER),
+    "ForQuestionAnswering": Task((ANSWERS,), drop=NO_POOLER),
+    "ForMultipleChoice": Task((POOLER, Head("classifier", 1, bias=True))),
+}
+ROBERTA = {
+    "ForMaskedLM": Task(_ROBERTA_LM, drop=NO_POOLER),
+    "ForCausalLM": Task(_ROBERTA_LM, drop=NO_POOLER),
+    "Model": Task((POOLER,), prefix=""),
+    "ForSequenceClassification": Task(_TWO_LAYERS, drop=NO_POOLER),
+    "ForTokenClassification": Task((CLASSIFIER,), drop=NO_POOLER),
+    "ForQuestionAnswering": Task((ANSWERS,), drop=NO_POOLER),
+    "ForMultipleChoice": Task((POOLER, Head("classifier", 1, bias=True))),
+}
+DISTILBERT = {
+    "ForMaskedLM": Task(
+        (
+            Head("vocab_transform", "hidden", bias=True),
+            Head("vocab_layer_norm", "hidden", bias=True, type=NORM),
+            Head("vocab_projector", "vocab", "embed", bias=True, tied=True),
+        )
+    ),
+    "Model": BARE,
+    "ForSequenceClassification": Task((Head("pre_classifier", "hidden", bias=True), CLASSIFIER)),
+    "ForTokenClassification": Task((CLASSIFIER,)),
+    "ForQuestionAnswering": Task((ANSWERS,)),
+}
+_GENERATOR = (
+    Head("generator_predictions.LayerNorm", "embed", bias=True, type=NORM),
+    Head("generator_predictions.dense", "embed", "hidden", bias=True),
+    Head("generator_lm_head", "vocab", "embed", bias=True, tied=True),
+)
+ELECTRA = {
+    "ForPreTraining": Task(
+        (
+            Head("discriminator_predictions.dense", "hidden", bias=True),
+            Head("discriminator_predictions.dense_prediction", 1, bias=True),
+        )
+    ),
+    "ForMaskedLM": Task(_GENERATOR),
+    "ForCausalLM": Task(_GENERATOR),
+    "Model": BARE,
+    "ForSequenceClassification": Task(_TWO_LAYERS),
+    "ForTokenClassification": Task((CLASSIFIER,)),
+    "ForQuestionAnswering": Task((ANSWERS,)),
+}
+DEBERTA = {
+    "ForMaskedLM": Task(_PREDICTIONS),
+    "Model": BARE,
+    "ForSequenceClassification": Task((Head("pooler.dense", "hidden", bias=True), CLASSIFIER)),
+    "ForTokenClassification": Task((CLASSIFIER,)),
+    "ForQuestionAnswering": Task((ANSWERS,)),
+}
+_SEQ_HEAD = (
+    Head("classification_head.dense", "hidden", bias=True),
+    Head("classification_head.out_proj", "labels", bias=True),
+)
+NO_DECODER = r"^decoder\."
+T5 = {
+    "ForConditionalGeneration": Task((LM_HEAD,), prefix=""),
+    "Model": BARE,
+    "EncoderModel": Task(prefix="", drop=NO_DECODER),
+    "ForSequenceClassification": Task(_SEQ_HEAD),
+    "ForTokenClassification": Task((CLASSIFIER,), drop=NO_DECODER),
+    "ForQuestionAnswering": Task((ANSWERS,), prefix=""),
+}
+BART = {
+    "ForConditionalGeneration": Task((LM_HEAD,)),
+    "Model": BARE,
+    "ForSequenceClassification": Task(_SEQ_HEAD),
+    "ForQuestionAnswering": Task((ANSWERS,)),
+}
+VISION = {"ForConditionalGeneration": Task((LM_HEAD,)), "Model": BARE}
+
+# Written by TensorFlow-era BERT conversions; transformers renames them for every model.
+LEGACY = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+# Registered as parameters twice; the file keeps the shorter name.
+_LM_BIAS = ((r"^cls\.predictions\.bias$", "cls.predictions.decoder.bias"),)
+_LLAVA = (
+    (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
+    (r"^(?:model\.)?language_model\.model\.", "model.language_model."),
+    (r"^language_model\.", "model.language_model."),
+    (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+)
+_QWEN_VL = (
+    (r"^(?:model\.)?visual\.", "model.visual."),
+    (r"^(?:model\.)?(?=(?:layers|embed_tokens|norm)\.)", "model.language_model."),
+    (r"^language_model\.", "model.language_model."),
+)
+
+
+def _experts(stem: str, gate: str, up: str, down: str) -> tuple[Fuse, ...]:
+    start = rf"^(.*\.{stem}\.experts)\.(\d+)\."
+    return (
+        Fuse(rf"{start}({gate}|{up})\.weight$", "gate_up_proj", (gate, up)),
+        Fuse(rf"{start}({down})\.weight$", "down_proj", (down,)),
+    )
+
+
+_ROUTER = r"\.mlp\.gate$"
+_QWEN_EXPERTS = _experts("mlp", "gate_proj", "up_proj", "down_proj")
+_WORDS = "embeddings.word_embeddings"
+_SEQ_TIES = (("encoder.embed_tokens", "shared"), ("decoder.embed_tokens", "shared"))
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama", "model", "embed_tokens", LLAMA),
+    "mistral": Family("Mistral", "model", "embed_tokens", MISTRAL),
+    "qwen2": Family("Qwen2", "model", "embed_tokens", LLAMA),
+    "qwen3": Family("Qwen3", "model", "embed_tokens", LLAMA),
+    "gemma": Family("Gemma", "model", "embed_tokens", DECODER, tied=True),
+    "gemma2": Family("Gemma2", "model", "embed_tokens", DECODER, tied=True),
+    "gemma3_text": Family(
+        "Gemma3", "model", "embed_tokens", DECODER, tied=True,
+        classes={
+            "Model": "Gemma3TextModel",
+            "ForSequenceClassification": "Gemma3TextForSequenceClassification",
+            "ForTokenClassification": "",
+        },
+    ),
+    "phi3": Family("Phi3", "model", "embed_tokens", DECODER),
+    "gpt2": Family(
+        "GPT2", "transformer", "wte", CLASSIC, tied=True,
+        conv1d=r"\.(?:c_attn|q_attn|c_proj|c_fc)$", classes={"ForCausalLM": "GPT2LMHeadModel"},
+    ),
+    "gpt_neox": Family(
+        "GPTNeoX", "gpt_neox", "embed_in", CLASSIC, renames=((r"^embed_out\.", "lm_head."),)
+    ),
+    "opt": Family(
+        "OPT", "model", "decoder.embed_tokens", OPT, tied=True,
+        renames=((r"^decoder\.", "model.decoder."),),
+    ),
+    "bloom": Family("Bloom", "transformer", "word_embeddings", CLASSIC, tied=True),
+    "falcon": Family("Falcon", "transformer", "word_embeddings", CLASSIC, tied=True),
+    "bert": Family("Bert", "bert", _WORDS, BERT, tied=True, renames=_LM_BIAS),
+    "roberta": Family(
+        "Roberta", "roberta", _WORDS, ROBERTA, tied=True,
+        renames=((r"^lm_head\.bias$", "lm_head.decoder.bias"),),
+    ),
+    "distilbert": Family("DistilBert", "distilbert", _WORDS, DISTILBERT, tied=True),
+    "electra": Family("Electra", "electra", _WORDS, ELECTRA, tied=True),
+    "deberta-v2": Family("DebertaV2", "deberta", _WORDS, DEBERTA, tied=True, renames=_LM_BIAS),
+    "t5": Family(
+        "T5", "transformer", "shared", T5, tied=True, always_tied=True, ties=_SEQ_TIES, layers=""
+    ),
+    "bart": Family(
+        "Bart", "model", "shared", BART, tied=True, ties=_SEQ_TIES, layers="",
+        buffers=r"^final_logits_bias$",
+    ),
+    "mixtral": Family(
+        "Mixtral", "model", "embed_tokens", MISTRAL, routers=_ROUTER,
+        renames=((r"\.block_sparse_moe\.", ".mlp."),), experts=_experts("mlp", "w1", "w3", "w2"),
+    ),
+    "qwen2_moe": Family(
+        "Qwen2Moe", "model", "embed_tokens", MISTRAL, routers=_ROUTER, experts=_QWEN_EXPERTS
+    ),
+    "qwen3_moe": Family(
+        "Qwen3Moe", "model", "embed_tokens", LLAMA, routers=_ROUTER, experts=_QWEN_EXPERTS
+    ),
+    "llava": Family(
+        "Llava", "model", "language_model.embed_tokens", VISION, renames=_LLAVA, layers=""
+    ),
+    "gemma3": Family(
+        "Gemma3", "model", "language_model.embed_tokens", VISION, tied=True, renames=_LLAVA,
+        layers="",
+    ),
+    "qwen2_vl": Family(
+        "Qwen2VL", "model", "language_model.embed_tokens", VISION, renames=_QWEN_VL, layers=""
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VL", "model", "language_model.embed_tokens", VISION, renames=_QWEN_VL, layers=""
+    ),
+}  # fmt: skip
