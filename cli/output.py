@@ -1,0 +1,86 @@
+"""How results are printed; nothing that a name or a file holds reaches a terminal raw."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import click
+
+from adapterkit.cli.app import App
+from adapterkit.hub.findings import clean
+
+MAX_LINE = 4000
+
+
+def safe(text: str) -> str:
+    """`text` with control characters escaped; its line breaks stay."""
+    return "\n".join(clean(line, MAX_LINE) for line in text.split("\n"))
+
+
+def say(text: str = "") -> None:
+    """A result, to stdout."""
+    click.echo(safe(text))
+
+
+def note(app: App, label: str, text: str) -> None:
+    """`Warning:` or `Hint:` and a text, to stderr; silent with -q."""
+    if not app.quiet:
+        click.echo(f"{click.style(f'{label}:', fg='yellow')} {safe(text)}", err=True)
+
+
+def emit(value: object) -> None:
+    """JSON, to stdout: indented, keys in the order given, ASCII so that any terminal shows it."""
+    import json
+
+    click.echo(json.dumps(value, indent=2))
+
+
+def size(n_bytes: int) -> str:
+    """`8600` -> `8.4 KiB`."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = min((max(n_bytes, 1).bit_length() - 1) // 10, len(units) - 1)
+    return f"{n_bytes / 1024**power:.1f} {units[power]}" if power else f"{n_bytes} B"
+
+
+def count(n: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns under their titles. On a terminal the widest are cut until a row fits one line."""
+    cells = [[clean(cell, MAX_LINE) for cell in row] for row in [titles, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    if sys.stdout.isatty():
+        _fit(widths, _terminal_width())
+    for row in cells:
+        shown = [_cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)]
+        click.echo("  ".join(shown).rstrip())
+
+
+def fields(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:
+    """`name  value` lines, values aligned; pairs with an empty value are left out."""
+    kept = [(name, value) for name, value in pairs if value]
+    width = max((len(name) for name, _ in kept), default=0)
+    for name, value in kept:
+        click.echo(f"{indent}{name.ljust(width)}  {clean(value, MAX_LINE)}")
+
+
+def _terminal_width() -> int:
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+def _fit(widths: list[int], available: int) -> None:
+    smallest = 6
+    while sum(widths) + 2 * (len(widths) - 1) > available:
+        widest = max(range(len(widths)), key=widths.__getitem__)
+        if widths[widest] <= smallest:
+            return
+        widths[widest] -= 1
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else f"{text[: width - 3]}..."

@@ -1,0 +1,30 @@
+"""Every way to fail has a number of its own, and the number is documented."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from adapterkit.registry import errors
+
+ROOT = Path(__file__).parent.parent
+CODES = {0, 1, 2, 3, 4, 5, 6, 7, 130}
+
+
+def kinds(kind: type[errors.AdapterError]) -> list[type[errors.AdapterError]]:
+    return [kind, *(found for child in kind.__subclasses__() for found in kinds(child))]
+
+
+@pytest.mark.parametrize("kind", kinds(errors.AdapterError), ids=lambda kind: kind.__name__)
+def test_every_error_has_a_documented_code(kind):
+    assert kind.exit_code in CODES
+    assert kind.__module__ == "adapterkit.registry.errors"
+    assert kind.__name__ in errors.__doc__
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cli.md"])
+def test_the_table_of_exit_codes_is_complete(page):
+    text = (ROOT / page).read_text()
+    assert {int(row) for row in re.findall(r"^\| *(\d+) *\|", text, re.M)} == CODES
