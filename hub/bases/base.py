@@ -1,4 +1,4 @@
-"""A base model as data: its config, header table, module table and how it is quantized. No torch."""
+"""A base model as data: its config, header table, module table and quantization. No torch."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Module:
     name: dotted path at run time. type: one of the names above.
     shape: logical weight shape: (out, in) for linear and conv1d, whatever the file stores;
     (rows, width) for an embedding; (experts, out, in) for a fused expert parameter.
-    weight: the checkpoint tensors that hold it, in order (one, or one per expert); empty when the
-    checkpoint has none (a head still to be created, a tied head).
+    weight: the checkpoint tensors that hold it, in order: one, or those of expert 0, of expert 1,
+    ... (gate before up); empty when the checkpoint has none (a head still to be created, or tied).
     bias: the checkpoint tensor of the bias, "" when the checkpoint has none but the model has one,
     None when the module has no bias.
     tied_to: the module whose weight this one shares.

@@ -5,27 +5,32 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from adapterkit.hub.bases.base import (
-    CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, NORM, OTHER, Module,
-)  # fmt: skip
-from adapterkit.hub.bases.families import FAMILIES, LEGACY, Family, Head, Task
+    CONV,
+    CONV1D,
+    EMBEDDING,
+    EXPERTS,
+    LINEAR,
+    NORM,
+    OTHER,
+    Module,
+)
+from adapterkit.hub.bases.names import Names, number
 from adapterkit.hub.bases.packed import auxiliary, logical_shapes
+from adapterkit.hub.bases.tasks import Head
 from adapterkit.hub.findings import clean
 from adapterkit.hub.headers import Stored
 from adapterkit.registry.errors import DamagedError, MismatchError
 
-EMBEDDING_NAME = re.compile(
+EMBEDDING_NAME = (
     r"(?:^|\.)(?:wte|wpe|shared|embed_in|embed_tokens|embed_positions|\w+_embeddings?"
     r"|relative_attention_bias)$"
 )
-# Buffers that older versions of transformers wrote and current ones compute.
-BUFFERS = re.compile(
-    r"(?:^|\.)(?:inv_freq|position_ids|token_type_ids|(?:attn|attention)\.(?:masked_)?bias)$"
-)
-DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 WIDTH_KEYS = ("hidden_size", "n_embd", "d_model", "dim")
+MAX_DEPTH = 10_000
 
 Shape = tuple[int, ...]
 
@@ -39,14 +44,8 @@ def module_table(
     Raises MismatchError if the model type or the class is not in the table of families,
     DamagedError if the tensors contradict the config.
     """
-    return _Builder.of(config, tensors, architecture).table()
-
-
-def architectures(model_type: str) -> dict[str, str]:
-    """Task suffix (`ForCausalLM`, `Model`, ...) -> class name, the main task first."""
-    family = _family({"model_type": model_type})
-    names = {suffix: family.classes.get(suffix, family.name + suffix) for suffix in family.tasks}
-    return {suffix: name for suffix, name in names.items() if name}
+    names = Names.of(config, architecture)
+    return _Builder(config, tensors, names, logical_shapes(tensors)).table()
 
 
 def unclaimed(
@@ -54,72 +53,36 @@ def unclaimed(
 ) -> tuple[str, ...]:
     """Checkpoint tensors that are no module's, no quantization constant and no known buffer."""
     used = {name for row in modules.values() for name in (*row.weight, row.bias or "")}
-    known = re.compile(_family(config).buffers or r"(?!)")
+    names = Names.of(config)
     rest = tensors.keys() - used - auxiliary(tensors)
-    return tuple(sorted(n for n in rest if not BUFFERS.search(n) and not known.search(n)))
-
-
-def _family(config: Mapping[str, Any]) -> Family:
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        shown = clean(repr(model_type))
-        named = clean(repr(config.get("architectures")))
-        raise MismatchError(
-            f"model_type {shown} (architecture {named}) is not a known model family",
-            hint=f"known: {', '.join(sorted(FAMILIES))}",
-        )
-    return FAMILIES[model_type]
-
-
-def _task(config: Mapping[str, Any], family: Family, architecture: str | None) -> Task:
-    known = architectures(str(config["model_type"]))
-    named = config.get("architectures")
-    if architecture is None and isinstance(named, list) and named:
-        architecture = str(named[0])
-    if architecture is None:
-        return next(iter(family.tasks.values()))
-    for suffix, name in known.items():
-        if name == architecture:
-            return family.tasks[suffix]
-    raise MismatchError(
-        f"architecture {clean(architecture)} is not one of the known classes of model_type"
-        f" {config['model_type']}",
-        hint=f"known: {', '.join(known.values())}",
-    )
+    return tuple(sorted(name for name in rest if not names.is_buffer(name)))
 
 
 @dataclass(frozen=True)
 class _Builder:
     config: Mapping[str, Any]
     tensors: Mapping[str, Stored]
-    family: Family
-    task: Task
+    names: Names
     shapes: Mapping[str, Shape]
 
-    @classmethod
-    def of(
-        cls, config: Mapping[str, Any], tensors: Mapping[str, Stored], architecture: str | None
-    ) -> _Builder:
-        family = _family(config)
-        return cls(
-            config, tensors, family, _task(config, family, architecture), logical_shapes(tensors)
-        )
-
-    @property
-    def prefix(self) -> str:
-        return self.family.prefix if self.task.prefix is None else self.task.prefix
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Run-time parameter name -> checkpoint tensor."""
+        found: dict[str, str] = {}
+        for key in self.shapes:
+            name = self.names.runtime(key)
+            # A file that holds both names of one parameter: its own name wins over a renamed one.
+            if name and (name not in found or name == key):
+                found[name] = key
+        return found
 
     def table(self) -> dict[str, Module]:
-        named: dict[str, str] = {}
-        for key in self.shapes:
-            name = self._name(key)
-            # A file that holds both names of one parameter: its own name wins over a renamed one.
-            if name and (name not in named or name == key):
-                named[name] = key
-        self._check_depth(named)
-        rows = self._experts(named)
+        self._check_prefix()
+        self._check_depth()
+        single = dict(self.keys)
+        rows = self._experts(single)
         owners: dict[str, dict[str, str]] = {}
-        for name, key in named.items():
+        for name, key in single.items():
             module, _, leaf = name.rpartition(".")
             if leaf in ("weight", "bias") and module:
                 owners.setdefault(module, {})[leaf] = key
@@ -132,68 +95,38 @@ class _Builder:
         self._tie(rows)
         return rows
 
-    def _name(self, key: str) -> str | None:
-        """Run-time parameter name of a checkpoint tensor; None if this class has no such one."""
-        if BUFFERS.search(key) or re.search(self.family.buffers or r"(?!)", key):
-            return None
-        name = key
-        for pattern, replacement in (*LEGACY, *self.family.renames):
-            name = re.sub(pattern, replacement, name)
-        body = _strip(name, (self.family.prefix, self.prefix))
-        if body is None:
-            if self._heads(name):
-                return name if name.rpartition(".")[0] in self._outside() else None
-            body = name
-        if self.task.drop and re.search(self.task.drop, body):
-            return None
-        if self.family.layers and (layer := re.search(self.family.layers, body)):
-            depth = self._number(DEPTH_KEYS)
-            # transformers builds as many layers as the config says and ignores the rest.
-            if depth is not None and int(layer[1]) >= depth:
-                return None
-        return self._join(body)
-
-    def _join(self, body: str) -> str:
-        return f"{self.prefix}.{body}" if self.prefix else body
-
-    def _outside(self) -> set[str]:
-        return {head.name for head in self.task.heads if not head.inside}
-
-    def _heads(self, name: str) -> bool:
-        roots = {h.name for task in self.family.tasks.values() for h in task.heads if not h.inside}
-        return any(name == root or name.startswith(root + ".") for root in roots)
-
-    def _number(self, keys: tuple[str, ...]) -> int | None:
-        text = self.config.get("text_config")
-        for source in (self.config, text if isinstance(text, dict) else {}):
-            for key in keys:
-                if isinstance(source.get(key), int):
-                    return int(source[key])
-        return None
-
-    def _check_depth(self, named: Mapping[str, str]) -> None:
-        depth = self._number(DEPTH_KEYS)
-        if not self.family.layers or depth is None:
+    def _check_prefix(self) -> None:
+        """transformers would find none of the weights under another prefix, and start at random."""
+        theirs, ours = self.names.family.prefix, self.names.prefix
+        if ours in ("", theirs) or not any(name.startswith(theirs + ".") for name in self.shapes):
             return
-        bodies = (_strip(name, (self.prefix,)) or name for name in named)
-        found = {int(m[1]) for body in bodies if (m := re.search(self.family.layers, body))}
-        missing = sorted(set(range(min(depth, 10_000))) - found)
-        if missing or depth > 10_000:
+        raise MismatchError(
+            f"{self.names.architecture} names its body `{ours}`, but these weights are named"
+            f" `{theirs}.*`: transformers would load none of them"
+        )
+
+    def _check_depth(self) -> None:
+        depth = self.names.depth
+        if not self.names.family.layers or depth is None:
+            return
+        found = {self.names.layer(self.names.body(name)) for name in self.keys}
+        missing = [layer for layer in range(min(depth, MAX_DEPTH)) if layer not in found]
+        if missing or depth > MAX_DEPTH:
             shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise DamagedError(
                 f"config.json says {depth} layers, but the weights lack {len(missing)} of them:"
                 f" {shown}"
             )
 
-    def _experts(self, named: dict[str, str]) -> dict[str, Module]:
-        """Rows of the fused parameters; what they consume leaves `named`."""
+    def _experts(self, single: dict[str, str]) -> dict[str, Module]:
+        """Rows of the fused parameters; what they consume leaves `single`."""
         rows: dict[str, Module] = {}
-        for fuse in self.family.experts:
+        for fuse in self.names.family.experts:
             parts: dict[str, dict[tuple[int, int], str]] = {}
-            for name in list(named):
+            for name in list(single):
                 if found := re.match(fuse.pattern, name):
                     place = (int(found[2]), fuse.order.index(found[3]))
-                    parts.setdefault(f"{found[1]}.{fuse.target}", {})[place] = named.pop(name)
+                    parts.setdefault(f"{found[1]}.{fuse.target}", {})[place] = single.pop(name)
             for target, keys in parts.items():
                 rows[target] = self._fused(target, keys, len(fuse.order))
         return rows
@@ -214,10 +147,10 @@ class _Builder:
     def _row(self, module: str, leaves: Mapping[str, str]) -> Module:
         bias = leaves.get("bias")
         if "weight" not in leaves:
-            head = next((h for h in self._task_heads() if h[0] == module), None)
-            if head is None:
-                return Module(module, OTHER, self.shapes[leaves["bias"]], (), bias)
-            return replace(self._head(*head), bias=bias)
+            for name, head in self.names.heads:
+                if name == module:
+                    return replace(self._head(name, head), bias=bias)
+            return Module(module, OTHER, self.shapes[leaves["bias"]], (), bias)
         key = leaves["weight"]
         kind = self._type(module, self.shapes[key])
         shape = self.shapes[key][::-1] if kind == CONV1D else self.shapes[key]
@@ -226,14 +159,9 @@ class _Builder:
     def _type(self, module: str, shape: Shape) -> str:
         if len(shape) != 2:
             return OTHER if not shape else NORM if len(shape) == 1 else CONV
-        rules = (
-            (self.family.routers, OTHER), (self.family.conv1d, CONV1D),
-            (EMBEDDING_NAME.pattern, EMBEDDING),
-        )  # fmt: skip
+        family = self.names.family
+        rules = ((family.routers, OTHER), (family.conv1d, CONV1D), (EMBEDDING_NAME, EMBEDDING))
         return next((kind for rule, kind in rules if rule and re.search(rule, module)), LINEAR)
-
-    def _task_heads(self) -> list[tuple[str, Head]]:
-        return [(self._join(h.name) if h.inside else h.name, h) for h in self.task.heads]
 
     def _head(self, name: str, head: Head) -> Module:
         """A head that the checkpoint lacks: transformers creates it with these shapes."""
@@ -242,7 +170,7 @@ class _Builder:
         return Module(name, head.type, shape, (), "" if head.bias else None)
 
     def _add_heads(self, rows: dict[str, Module]) -> None:
-        for name, head in self._task_heads():
+        for name, head in self.names.heads:
             if name not in rows:
                 rows[name] = self._head(name, head)
             elif head.bias and rows[name].bias is None:
@@ -253,40 +181,50 @@ class _Builder:
             return size
         if size == "labels":
             labels = self.config.get("id2label")
-            count = len(labels) if isinstance(labels, dict) else self.config.get("num_labels", 2)
+            said = number(self.config, ("num_labels",))
+            # transformers builds two labels where the config is silent.
+            count = len(labels) if isinstance(labels, dict) else 2 if said is None else said
         elif size == "hidden":
-            count = self._number(WIDTH_KEYS)
+            count = number(self.config, WIDTH_KEYS)
         else:
-            count = self._embedding_shape()[0 if size == "vocab" else 1]
-        if not isinstance(count, int) or isinstance(count, bool):
+            count = self._embedding[0 if size == "vocab" else 1]
+        if count is None:
             raise DamagedError(f"config.json does not say the size `{size}` of a head")
         return count
 
-    def _embedding_shape(self) -> Shape:
-        wanted = self._join(self.family.embedding) + ".weight"
-        heads = {head.name + ".weight" for head in self.task.heads if head.tied}
-        for key, shape in self.shapes.items():
-            if self._name(key) in {wanted, *heads} and len(shape) == 2:
-                return shape
+    @cached_property
+    def _embedding(self) -> Shape:
+        wanted = self.names.join(self.names.family.embedding)
+        tied = [name for name, head in self.names.heads if head.tied]
+        for name in (wanted, *tied):
+            key = self.keys.get(name + ".weight")
+            if key is not None and len(self.shapes[key]) == 2:
+                return self.shapes[key]
         raise DamagedError(f"the weights hold no input embedding {wanted}")
 
     def _tie(self, rows: dict[str, Module]) -> None:
         if not self._tied():
             return
-        source = self._join(self.family.embedding)
-        pairs = [(self._join(a), self._join(b)) for a, b in self.family.ties]
-        pairs += [(name, source) for name, head in self._task_heads() if head.tied]
-        drop = self.task.drop
+        family = self.names.family
+        source = self.names.join(family.embedding)
+        pairs = [(self.names.join(a), self.names.join(b)) for a, b in family.ties]
+        pairs += [(name, source) for name, head in self.names.heads if head.tied]
         for name, other in pairs:
-            body = _strip(name, (self.prefix,)) or name
-            if not (drop and re.search(drop, body)):
+            if not self.names.drops(self.names.body(name)):
                 self._share(rows, name, other)
+
+    def _tied(self) -> bool:
+        text = self.config.get("text_config")
+        sources = (self.config, text if isinstance(text, dict) else {})
+        said = [source.get("tie_word_embeddings") for source in sources]
+        known = [value for value in said if value is not None]
+        family = self.names.family
+        return family.always_tied or (any(known) if known else family.tied)
 
     def _share(self, rows: dict[str, Module], name: str, source: str) -> None:
         """As transformers does: whichever of the two the file holds is the source of the other."""
-        shape = self._embedding_shape()
-        for missing, kind in ((name, EMBEDDING), (source, EMBEDDING)):
-            rows.setdefault(missing, Module(missing, kind, shape))
+        for absent in (name, source):
+            rows.setdefault(absent, Module(absent, EMBEDDING, self._embedding))
         first, second = rows[name], rows[source]
         if second.weight and (not first.weight or self._same(first, second)):
             rows[name] = replace(first, shape=second.shape, tied_to=source)
@@ -303,19 +241,3 @@ class _Builder:
             a.source.read(x, size) == b.source.read(y, size)
             for x, y in ((a.start, b.start), (a.stop - size, b.stop - size))
         )
-
-    def _tied(self) -> bool:
-        if self.family.always_tied:
-            return True
-        text = self.config.get("text_config")
-        sources = (self.config, text if isinstance(text, dict) else {})
-        said = [s["tie_word_embeddings"] for s in sources if s.get("tie_word_embeddings") is not None]
-        return any(said) if said else self.family.tied
-
-
-def _strip(name: str, prefixes: tuple[str, ...]) -> str | None:
-    """`name` without the first of `prefixes` it starts with; None if it starts with none."""
-    for prefix in prefixes:
-        if prefix and name.startswith(prefix + "."):
-            return name[len(prefix) + 1 :]
-    return None

@@ -1,7 +1,7 @@
 """Weights that bitsandbytes stored quantized: what the tensors mean, read from the tensors.
 
-4-bit: `W` holds two codes a byte, `W.quant_state.bitsandbytes__nf4` (JSON) the shape, `W.absmax` one
-scale a block; with double quantization absmax is 8-bit itself, `W.nested_absmax` its scales.
+4-bit: `W` holds two codes a byte, `W.quant_state.bitsandbytes__nf4` (JSON) the shape, `W.absmax`
+one scale a block; with double quantization absmax is 8-bit itself, `W.nested_absmax` its scales.
 8-bit: `M.weight` is int8 and `M.SCB` the largest absolute value of each row, so w = q * SCB / 127.
 """
 
@@ -51,7 +51,7 @@ def _parse(stored: Stored, method: str) -> State:
     if not isinstance(shape, list) or not shape or not all(_positive(size) for size in shape):
         raise DamagedError(f"{where} has the shape {clean(repr(shape))}, expected positive sizes")
     if not _positive(block):
-        raise DamagedError(f"{where} has the blocksize {clean(repr(block))}, expected a positive one")
+        raise DamagedError(f"{where} has the blocksize {clean(repr(block))}, expected a size")
     if fields.get("quant_type") != method:
         raise DamagedError(f"{where} has the quant_type {clean(repr(fields.get('quant_type')))}")
     return State(method, tuple(shape), int(str(block)), _nested(fields, where))
@@ -185,7 +185,7 @@ def _found(tensors: Mapping[str, Stored]) -> str:
 def _with_blocks(declared: Quantization, tensors: Mapping[str, Stored]) -> Quantization:
     key = next(key for key in tensors if STATE in key)
     state = state_of(tensors, key[: key.index(STATE)])
-    size = None if state is None else state.block_size
-    return Quantization(
-        declared.method, state is not None and state.nested is not None, declared.compute_dtype, size
-    )
+    if state is None:
+        return declared
+    double = state.nested is not None
+    return Quantization(declared.method, double, declared.compute_dtype, state.block_size)
