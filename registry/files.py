@@ -1,0 +1,139 @@
+"""Every touch of the file system by the store goes through one object, so that tests can record
+it, fail it and cut the power in it. Writes are unbuffered."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import BinaryIO
+
+from adapterkit.registry.errors import AdapterError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+# ioctl of linux/fs.h: share the extents of one file with another, copied when either is written
+_FICLONE = 0x40049409
+
+
+class Files:
+    """The real file system."""
+
+    def create(self, path: Path) -> BinaryIO:
+        """A new file, to be written; FileExistsError when there is one."""
+        return path.open("xb", buffering=0)
+
+    def open(self, path: Path) -> BufferedReader:
+        return path.open("rb")
+
+    def open_update(self, path: Path) -> BinaryIO:
+        """An existing file, to be written in place."""
+        return path.open("r+b", buffering=0)
+
+    def write(self, file: BinaryIO, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+
+    def truncate(self, file: BinaryIO, size: int) -> None:
+        file.truncate(size)
+
+    def clone(self, source: BinaryIO, target: BinaryIO) -> bool:
+        """Whether `target` now shares the bytes of `source` (btrfs, xfs, ...)."""
+        if fcntl is None:
+            return False
+        try:
+            fcntl.ioctl(target.fileno(), _FICLONE, source.fileno())
+        except OSError:
+            return False
+        return True
+
+    def fsync(self, file: BinaryIO) -> None:
+        os.fsync(file.fileno())
+
+    def fsync_folder(self, path: Path) -> None:
+        if os.name == "nt":  # a folder cannot be opened there, and needs no sync
+            return
+        number = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+    def rename(self, source: Path, target: Path) -> None:
+        source.replace(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """FileExistsError when `target` exists."""
+        target.hardlink_to(source)
+
+    def unlink(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+
+    def remove_tree(self, path: Path) -> None:
+        if path.is_dir():
+            shutil.rmtree(path)
+
+    def chmod(self, path: Path, mode: int) -> None:
+        path.chmod(mode)
+
+    def make_folder(self, path: Path) -> None:
+        """With its parents, each made durable in the folder that holds it."""
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            self.fsync_folder(folder.parent)
+
+    def stat(self, path: Path) -> os.stat_result:
+        return path.stat()
+
+    def lstat(self, path: Path) -> os.stat_result:
+        return path.lstat()
+
+    def listdir(self, path: Path) -> list[str]:
+        return sorted(child.name for child in path.iterdir())
+
+    def writable(self, path: Path) -> bool:
+        return os.access(path, os.W_OK)
+
+
+def write_new(files: Files, path: Path, data: bytes, temp: Path) -> None:
+    """Put `data` at `path`, whole and durable, replacing what is there; `temp`: a folder on the
+    same file system."""
+    part = temp / f"{uuid.uuid4().hex}.part"
+    try:
+        with files.create(part) as file:
+            files.write(file, data)
+            files.fsync(file)
+        files.rename(part, path)
+    except BaseException:
+        files.unlink(part)
+        raise
+    files.fsync_folder(path.parent)
+
+
+_HINTS = {
+    errno.ENOSPC: "free some space and try again",
+    errno.EDQUOT: "free some space and try again",
+    errno.EACCES: "another place: --home or ADAPTERKIT_HOME",
+    errno.EROFS: "another place: --home or ADAPTERKIT_HOME",
+}
+
+
+@contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Translates an error of the operating system; `what`: the subject of the message."""
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        hint = _HINTS.get(error.errno or 0)
+        raise AdapterError(f"{what}: {error.strerror or error}{place}", hint=hint) from error

@@ -1,0 +1,255 @@
+"""The folder of a registry: its format, its lock, and the catalog kept in step with the log."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from adapterkit.registry.blobs import Blobs, Stamp
+from adapterkit.registry.catalog import Catalog, delete
+from adapterkit.registry.clock import author, now
+from adapterkit.registry.errors import (
+    AdapterError,
+    AdapterWarning,
+    ConflictError,
+    DamagedError,
+    InvalidError,
+)
+from adapterkit.registry.files import Files, storage_errors, write_new
+from adapterkit.registry.log import Log, Place, Record, make_record
+
+FORMAT = 1
+LOCK_SECONDS = 60.0
+_OWN = {"FORMAT", "blobs", "catalog.db", "catalog.db-shm", "catalog.db-wal", "lock", "log", "tmp"}
+# Errors of a catalog that is broken, not of one that is busy or on a full disk.
+_BROKEN = ("SQLITE_CORRUPT", "SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CONSTRAINT")
+
+T = TypeVar("T")
+
+
+class Change:
+    """One write: preconditions are checked in `catalog`, then `append` commits."""
+
+    def __init__(self, home: Home) -> None:
+        self.home, self.catalog = home, home.catalog
+        self.place: Place = home.catalog.place()
+        self.committed = False
+        self.stale: sqlite3.Error | None = None
+
+    def append(self, kind: str, payload: Mapping[str, Any]) -> Record:
+        """The record is durable on return: the change has happened, whatever comes after."""
+        record = make_record(self.place, kind, payload, now(), author())
+        self.place = self.home.log.append(record, self.place)
+        self.committed = True
+        try:
+            self.catalog.apply(record, self.place, self.home.blobs.read)
+        except sqlite3.Error as error:
+            self.stale = error
+        return record
+
+
+class Home:
+    """`path` need not exist: the first write creates it."""
+
+    def __init__(self, path: Path, files: Files) -> None:
+        self.path, self.files = path, files
+        self.guard = threading.RLock()
+        self.blobs = Blobs(path / "blobs", path / "tmp", files)
+        self.log = Log(path / "log", files)
+        with self._errors():
+            self._made = self._check_format()
+            self.catalog = self._open_catalog()
+
+    def close(self) -> None:
+        with self.guard:
+            self.catalog.close()
+
+    def _errors(self) -> AbstractContextManager[None]:
+        return storage_errors(f"the registry {self.path}")
+
+    def _check_format(self) -> bool:
+        """Whether there is a registry. Raises if there is something else, or a newer one."""
+        try:
+            with self.files.open(self.path / "FORMAT") as file:
+                text = file.read(100).decode(errors="replace")
+        except FileNotFoundError:
+            self._check_free()
+            return False
+        found = re.fullmatch(r"adapterkit-store (\d{1,9})\n", text)
+        if found is None:
+            raise DamagedError(f"{self.path / 'FORMAT'} holds {text[:40]!r}, not a store's number")
+        if int(found[1]) > FORMAT:
+            raise AdapterError(
+                f"the registry {self.path} has format {found[1]}, newer than {FORMAT}",
+                hint="upgrade adapterkit: pip install -U adapterkit",
+            )
+        if not self.log.path.exists():
+            raise DamagedError(
+                f"the registry {self.path} lost its log, which says what it holds",
+                hint="restore the file 'log' from a backup",
+            )
+        return True
+
+    def _check_free(self) -> None:
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise InvalidError(f"the registry {self.path} is a file, expected a folder")
+        if self.log.size():
+            raise DamagedError(f"the registry {self.path} has a log, but lost its file FORMAT")
+        others = sorted(set(self.files.listdir(self.path)) - _OWN)
+        if others:
+            raise InvalidError(
+                f"{self.path} is not a registry: it has no FORMAT, but {others[0][:80]!r}",
+                hint="name a new or an empty folder",
+            )
+
+    def create(self) -> None:
+        """FORMAT comes last: where it is, all the rest is durable."""
+        with self.guard, self._errors():
+            if self._made:
+                return
+            self._check_format()
+            self.blobs.create()
+            with suppress(FileExistsError):
+                self.files.create(self.log.path).close()
+            self.files.fsync_folder(self.path)
+            content = f"adapterkit-store {FORMAT}\n".encode()
+            write_new(self.files, self.path / "FORMAT", content, self.path / "tmp")
+            self._made = True
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        try:
+            held = FileLock(self.path / "lock", timeout=LOCK_SECONDS)
+            held.acquire()
+        except Timeout as error:
+            raise ConflictError(f"the registry {self.path} is locked by another process") from error
+        try:
+            yield
+        finally:
+            held.release()
+
+    def _open_catalog(self) -> Catalog:
+        """From the disk; in memory where there is no registry yet or it cannot be written."""
+        if not self._made or not self.files.writable(self.path):
+            return Catalog(None)
+        path = self.path / "catalog.db"
+        if path.exists():
+            try:
+                return self._sound(Catalog(path))
+            except sqlite3.DatabaseError:
+                pass  # looked at again with the lock, when nobody is in the middle of making it
+        with self.lock():
+            return self._make_catalog(path)
+
+    def _make_catalog(self, path: Path) -> Catalog:
+        try:
+            return self._sound(Catalog(path))
+        except sqlite3.DatabaseError as error:
+            if not _is_broken(error):
+                return Catalog(None)
+        delete(path)
+        return Catalog(path)
+
+    def _sound(self, catalog: Catalog) -> Catalog:
+        """Raises sqlite3.DatabaseError when `catalog` was made from another log."""
+        try:
+            if not self.log.holds(catalog.place()):
+                self._warn_shorter()
+                raise sqlite3.DatabaseError("the catalog was made from another log")
+        except BaseException:
+            catalog.close()
+            raise
+        return catalog
+
+    def _warn_shorter(self) -> None:
+        warnings.warn(
+            f"the catalog of {self.path} knows more than the log, or another one: it is made anew"
+            " from the log",
+            AdapterWarning,
+            stacklevel=2,
+        )
+
+    def rebuild(self) -> None:
+        """Make the catalog anew from the log and the blobs."""
+        with self.guard, self._errors():
+            self.catalog.close()
+            self.catalog = Catalog(None)
+            if self._made and self.files.writable(self.path):
+                with self.lock():
+                    delete(self.path / "catalog.db")
+                    self.catalog = self._make_catalog(self.path / "catalog.db")
+            self._refresh()
+
+    def _refresh(self) -> None:
+        place, size = self.catalog.place(), self.log.size()
+        if size < place.offset:
+            self._warn_shorter()
+            self.rebuild()
+        elif size > place.offset:
+            shared = self.files.writable(self.path)
+            with self.lock() if shared else nullcontext(), self.catalog.transaction():
+                self.catalog.catch_up(self.log, self.blobs.read)
+
+    def read(self, query: Callable[[Catalog], T]) -> T:
+        """The answer of `query` over an up-to-date catalog; a broken one is made anew first."""
+        with self.guard, self._errors():
+            try:
+                self._refresh()
+                return query(self.catalog)
+            except sqlite3.DatabaseError as error:
+                if not _is_broken(error):
+                    message = f"the catalog of {self.path} cannot be read: {error}"
+                    raise AdapterError(message) from error
+            self.rebuild()
+            return query(self.catalog)
+
+    def remember(self, digest: str, stamp: Stamp) -> None:
+        """That a blob was read and found good; where that cannot be written, it is read again."""
+        with self.guard, suppress(sqlite3.OperationalError):
+            self.catalog.set_stamp(digest, stamp)
+
+    @contextmanager
+    def write(self) -> Iterator[Change]:
+        """Holds the lock and a transaction over an up-to-date catalog."""
+        self.create()
+        with self.guard, self._errors():
+            if self.catalog.path is None:
+                self.catalog.close()
+                self.catalog = self._open_catalog()
+            self.read(lambda catalog: catalog.place())
+            with self.lock():
+                yield from self._changing()
+
+    def _changing(self) -> Iterator[Change]:
+        change: Change | None = None
+        try:
+            with self.catalog.transaction():
+                self.catalog.catch_up(self.log, self.blobs.read)
+                change = Change(self)
+                yield change
+                if change.stale is not None:
+                    raise change.stale
+        except sqlite3.Error as error:
+            if change is None or not change.committed:
+                message = f"the catalog of {self.path} cannot be written: {error}"
+                raise AdapterError(message) from error
+            warnings.warn(
+                f"the change is stored, but not yet in the catalog ({error});"
+                " the next command repairs that",
+                AdapterWarning,
+                stacklevel=5,
+            )
+
+
+def _is_broken(error: sqlite3.DatabaseError) -> bool:
+    return str(getattr(error, "sqlite_errorname", "SQLITE_CORRUPT")).startswith(_BROKEN)

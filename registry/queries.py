@@ -1,0 +1,192 @@
+"""Questions to the catalog."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from adapterkit.registry.catalog import Catalog
+from adapterkit.registry.errors import InvalidError, NotFoundError
+from adapterkit.registry.records import Attachment, Edge, Event, Facts, Lineage, Version
+from adapterkit.registry.refs import LATEST, Ref
+from adapterkit.registry.versions import sort_key
+
+_VERSIONS = (
+    "SELECT v.name, v.version, v.id, v.created, v.author, m.size, m.n_files, m.damaged, m.kind,"
+    " m.rank, m.targets, m.format, m.base, m.revision, m.quantization, (SELECT"
+    " group_concat(t.tag, ' ') FROM tags t WHERE t.name = v.name AND t.sort = v.sort) AS tags"
+    " FROM versions v JOIN manifests m ON m.id = v.id WHERE v.removed IS NULL"
+)
+
+
+def listing(catalog: Catalog, pattern: str | None) -> list[Version]:
+    """Every version whose name matches, by name and then by number."""
+    if pattern is None:
+        return _found(catalog, "ORDER BY v.name, v.sort")
+    rows = catalog.rows("SELECT DISTINCT name FROM versions WHERE removed IS NULL ORDER BY name")
+    names = [row["name"] for row in rows if _matches(row["name"], pattern)]
+    return [version for name in names for version in versions(catalog, name)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    short = Ref.parse(name).short_name
+    return fnmatchcase(name, pattern) or fnmatchcase(short, pattern)
+
+
+def versions(catalog: Catalog, name: str) -> list[Version]:
+    return _found(catalog, "AND v.name = ? ORDER BY v.sort", name)
+
+
+def search(catalog: Catalog, text: str) -> list[Version]:
+    """Best match first. All words of `text` must be among the names, targets, notes and base."""
+    words = catalog.db.quote_fts(text)
+    if not words:
+        return []
+    query = "JOIN search ON search.rowid = m.rowid WHERE v.removed IS NULL AND search MATCH ?"
+    sql = _VERSIONS.replace(
+        "WHERE v.removed IS NULL", f"{query} ORDER BY search.rank, v.name, v.sort"
+    )
+    return [_version(row) for row in catalog.rows(sql, [words])]
+
+
+def _found(catalog: Catalog, rest: str, *values: object) -> list[Version]:
+    return [_version(row) for row in catalog.rows(f"{_VERSIONS} {rest}", values)]
+
+
+def _version(row: Mapping[str, Any]) -> Version:
+    names = ("kind", "rank", "format", "base", "revision", "quantization")
+    facts = Facts(targets=tuple(json.loads(row["targets"])), **{name: row[name] for name in names})
+    return Version(
+        name=row["name"],
+        version=row["version"],
+        id=row["id"],
+        created=row["created"],
+        author=row["author"],
+        tags=tuple(sorted((row["tags"] or "").split())),
+        size=row["size"],
+        n_files=row["n_files"],
+        facts=facts,
+        damaged=row["damaged"],
+    )
+
+
+def every_number(catalog: Catalog, name: str) -> list[str]:
+    """All version numbers ever used for `name`, removed ones too."""
+    rows = catalog.rows("SELECT version FROM versions WHERE name = ?", [name])
+    return [row["version"] for row in rows]
+
+
+def recorded(catalog: Catalog, name: str, version: str) -> dict[str, Any] | None:
+    """The row of a version, also of a removed one: version, id, removed."""
+    query = "SELECT version, id, removed FROM versions WHERE name = ? AND sort = ?"
+    return catalog.row(query, [name, sort_key(version)])
+
+
+def with_id(catalog: Catalog, name: str, id: str) -> Version | None:
+    """The highest version of `name` that is `id`."""
+    found = _found(catalog, "AND v.name = ? AND v.id = ? ORDER BY v.sort DESC", name, id)
+    return found[0] if found else None
+
+
+def resolve(catalog: Catalog, ref: Ref) -> Version:
+    """Raises NotFoundError, and InvalidError when a short digest means several versions."""
+    if ref.version is not None:
+        found = _found(
+            catalog, "AND v.name = ? AND v.sort = ?", ref.full_name, sort_key(ref.version)
+        )
+    elif ref.digest is not None:
+        found = _by_digest(catalog, ref)
+    elif ref.tag is not None and ref.tag != LATEST:
+        found = _found(
+            catalog,
+            "AND v.name = ? AND v.sort = (SELECT sort FROM tags WHERE name = v.name AND tag = ?)",
+            *(ref.full_name, ref.tag),
+        )
+    else:
+        # Before all releases exist, the highest of what there is, as pip does it.
+        order = "AND v.name = ? ORDER BY v.is_release DESC, v.sort DESC LIMIT 1"
+        found = _found(catalog, order, ref.full_name)
+    if not found:
+        raise _not_found(catalog, ref)
+    return found[0]
+
+
+def _by_digest(catalog: Catalog, ref: Ref) -> list[Version]:
+    query = "AND v.name = ? AND v.id >= ? AND v.id < ? ORDER BY v.sort DESC"
+    found = _found(catalog, query, ref.full_name, ref.digest, f"{ref.digest}g")
+    if len({version.id for version in found}) > 1:
+        ids = ", ".join(sorted({version.id[:20] for version in found}))
+        raise InvalidError(f"{ref} means several versions: {ids}", hint="give more digits")
+    return found
+
+
+def _not_found(catalog: Catalog, ref: Ref) -> NotFoundError:
+    have = versions(catalog, ref.full_name)
+    if ref.version is not None:
+        row = recorded(catalog, ref.full_name, ref.version)
+        if row is not None and row["removed"]:
+            return NotFoundError(f"{ref} was removed on {row['removed'][:10]}")
+    if have:
+        tags = sorted({tag for version in have for tag in version.tags})
+        some = ", ".join([version.version for version in have[-8:]] + tags[:8])
+        return NotFoundError(f"{ref} is not in the registry", hint=f"{ref.short_name} has {some}")
+    return NotFoundError(f"{ref} is not in the registry", hint=_hint(catalog, ref))
+
+
+def _hint(catalog: Catalog, ref: Ref) -> str | None:
+    if Path(ref.full_name if ref.namespace != "local" else ref.name).exists():
+        return f"there is such a folder: write ./{ref.short_name}"
+    rows = catalog.rows("SELECT DISTINCT name FROM versions WHERE removed IS NULL")
+    names = [Ref.parse(row["name"]).short_name for row in rows]
+    near = difflib.get_close_matches(ref.short_name, names, n=3)
+    return f"did you mean {', '.join(near)}" if near else None
+
+
+def attachments(catalog: Catalog, id: str) -> list[Attachment]:
+    """Oldest first."""
+    rows = catalog.rows(
+        "SELECT subject, kind, name, digest, size, created, author FROM attachments"
+        " WHERE subject = ? ORDER BY seq, kind, name",
+        [id],
+    )
+    return [Attachment(**row) for row in rows]
+
+
+def history(catalog: Catalog, name: str) -> list[Event]:
+    rows = catalog.rows("SELECT * FROM events WHERE name = ? ORDER BY seq", [name])
+    return [
+        Event(row["seq"], row["kind"], row["created"], row["author"], json.loads(row["payload"]))
+        for row in rows
+    ]
+
+
+def lineage(catalog: Catalog, id: str) -> Lineage:
+    up = _edges(catalog, id, "child", "parent")
+    down = _edges(catalog, id, "parent", "child")
+    return Lineage(id, tuple(up), tuple(down))
+
+
+def _edges(catalog: Catalog, id: str, near: str, far: str) -> Iterable[Edge]:
+    # UNION, not UNION ALL: a manifest that claims a loop must not make one here.
+    rows = catalog.rows(
+        f"WITH RECURSIVE reached (id) AS (VALUES (?) UNION SELECT {far} FROM edges"
+        f" JOIN reached ON {near} = reached.id)"
+        f" SELECT child, parent, relation FROM edges WHERE {near} IN reached"
+        " ORDER BY child, parent, relation",
+        [id],
+    )
+    for row in rows:
+        child, parent = _any_ref(catalog, row["child"]), _any_ref(catalog, row["parent"])
+        yield Edge(row["child"], row["parent"], row["relation"], child, parent)
+
+
+def _any_ref(catalog: Catalog, id: str) -> Ref | None:
+    query = (
+        "SELECT name, version FROM versions WHERE id = ? AND removed IS NULL ORDER BY name, sort"
+    )
+    row = catalog.row(query, [id])
+    return None if row is None else Ref.parse(row["name"]).at(row["version"])

@@ -1,0 +1,101 @@
+"""What the registry answers with: plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapterkit.registry.refs import Ref
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a manifest says that is worth listing or searching by; empty where it does not."""
+
+    kind: str = ""
+    rank: int | None = None
+    targets: tuple[str, ...] = ()
+    format: str = ""
+    base: str = ""
+    revision: str = ""
+    quantization: str = ""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version. name: with its namespace. id: digest of the manifest, 64 hex digits.
+
+    size: bytes of its files. damaged: why its manifest could not be read, if it could not.
+    """
+
+    name: str
+    version: str
+    id: str
+    created: str
+    author: str
+    tags: tuple[str, ...]
+    size: int
+    n_files: int
+    facts: Facts
+    damaged: str = ""
+
+    @property
+    def ref(self) -> Ref:
+        return Ref.parse(self.name).at(self.version)
+
+
+@dataclass(frozen=True)
+class Added:
+    """ref: NAME@VERSION. created: whether that version is new. new_bytes: stored for it."""
+
+    ref: Ref
+    id: str
+    created: bool
+    size: int
+    new_bytes: int
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A blob that says something about version `subject` without being part of it."""
+
+    subject: str
+    kind: str
+    name: str
+    digest: str
+    size: int
+    created: str = ""
+    author: str = ""
+
+
+@dataclass(frozen=True)
+class Event:
+    """A record of the log about one name. kind: version, tag, untag, tombstone, attachment."""
+
+    seq: int
+    kind: str
+    time: str
+    author: str
+    payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Version `child` was made from `parent` (both ids). child_ref, parent_ref: under which name
+    this registry holds them, None when it does not."""
+
+    child: str
+    parent: str
+    relation: str
+    child_ref: Ref | None = None
+    parent_ref: Ref | None = None
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Everything `id` was made from, and everything made from it, at any distance."""
+
+    id: str
+    ancestors: tuple[Edge, ...]
+    descendants: tuple[Edge, ...]

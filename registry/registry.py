@@ -1,0 +1,137 @@
+"""The registry: named, versioned adapters that never change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from adapterkit.registry import attaching, commit, queries
+from adapterkit.registry.blobs import Blob, Content
+from adapterkit.registry.errors import DamagedError
+from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
+from adapterkit.registry.reading import ReadingSide, as_ref, bare_name
+from adapterkit.registry.records import Added, Attachment, Version
+from adapterkit.registry.refs import Ref
+from adapterkit.registry.versions import normal
+
+
+class Registry(ReadingSide):
+    """One folder of adapters. Threads may share it; close it, or use it in a `with`."""
+
+    def add(  # noqa: PLR0913
+        self,
+        name: str,
+        files: Mapping[str, Path | bytes],
+        meaning: Meaning,
+        *,
+        version: str | None = None,
+        tags: Sequence[str] = (),
+        attachments: Mapping[str, bytes] | None = None,
+        roles: Mapping[str, str] | None = None,
+    ) -> Added:
+        """Store `files` (path in the version -> content) as a version of `name`, all or nothing.
+
+        version: the next minor one when left out; the same content again is the version it was.
+        attachments: `KIND` or `KIND/NAME` -> content. roles: path -> role.
+        Raises ConflictError when `version` is taken by other content.
+        """
+        ref = bare_name(name)
+        wanted = ref if version is None else ref.at(normal(version))
+        for tag in tags:
+            commit.movable(tag)
+        entries = [attaching.entry(key, data) for key, data in (attachments or {}).items()]
+        self.home.create()
+        blobs = {path: self.home.blobs.put(content) for path, content in files.items()}
+        rows = [
+            FileEntry(path, blob.digest, blob.size, (roles or {}).get(path, "file"))
+            for path, blob in blobs.items()
+        ]
+        manifest = Manifest.of(rows, meaning)
+        put = [*blobs.values(), *map(self.home.blobs.put, meaning.extra)]
+        put += [self.home.blobs.put(data) for data in (attachments or {}).values()]
+        commit.check_complete(manifest, put)
+        put.append(self.home.blobs.put(manifest.dump()))
+        with self.home.write() as change:
+            for blob in put:
+                commit.stamp(change, blob.digest)
+            number, created = commit.version(change, wanted, manifest.id, tags, entries)
+        stored = sum(blob.size for blob in put if blob.new)
+        return Added(ref.at(number), manifest.id, created, manifest.size, stored)
+
+    def tag(self, ref: str | Ref, tag: str) -> Version | None:
+        """Point `tag` of that name at that version; what it pointed at before."""
+        wanted, name = as_ref(ref), commit.movable(tag)
+        with self.home.write() as change:
+            target = queries.resolve(change.catalog, wanted)
+            return commit.move_tag(change, target, name)
+
+    def untag(self, ref: str | Ref) -> Version:
+        """Remove NAME:TAG; the version it pointed at."""
+        wanted = as_ref(ref)
+        tag = commit.movable(wanted.tag or "")
+        with self.home.write() as change:
+            target = queries.resolve(change.catalog, wanted)
+            payload = {"name": target.name, "tag": tag, "version": target.version, "id": target.id}
+            change.append("untag", payload)
+            return target
+
+    def rm(self, ref: str | Ref) -> Version:
+        """Remove a version, or the tag when `ref` is NAME:TAG; what it was.
+
+        Its number is never used for anything else. The blobs stay until they are collected.
+        """
+        wanted = as_ref(ref)
+        if wanted.tag is not None:
+            return self.untag(wanted)
+        with self.home.write() as change:
+            target = queries.resolve(change.catalog, wanted)
+            if wanted.version is None:
+                commit.only_one(queries.versions(change.catalog, target.name), wanted, target)
+            payload = {"name": target.name, "version": target.version, "id": target.id}
+            change.append("tombstone", payload | {"tags": list(target.tags)})
+            return target
+
+    def attach(self, ref: str | Ref, kind: str, data: bytes, name: str = "") -> Attachment:
+        """Add a fact about a version without changing it; the same again changes nothing.
+
+        kind: "metrics" (a JSON object of numbers), "note" (text), or another word.
+        """
+        wanted, entry = as_ref(ref), attaching.entry(f"{kind}/{name}" if name else kind, data)
+        self.resolve(wanted)
+        self.home.blobs.put(data)
+        with self.home.write() as change:
+            target = queries.resolve(change.catalog, wanted)
+            attaching.append(change, target, entry)
+        return next(a for a in self.attachments(target.ref) if attaching.same(a, entry))
+
+    def put_blob(self, content: Content, digest: str, size: int | None = None) -> Blob:
+        """Store bytes that arrived from elsewhere. Raises DamagedError when they are not those."""
+        self.home.create()
+        return self.home.blobs.put(content, digest, size)
+
+    def publish(
+        self,
+        name: str,
+        version: str,
+        manifest: bytes,
+        tags: Sequence[str] = (),
+        attachments: Iterable[Attachment] = (),
+    ) -> Added:
+        """Make a version of which every blob is already here; its id stays what it was.
+
+        Raises DamagedError when the manifest is malformed or a blob is not here, ConflictError
+        when that version is other content.
+        """
+        ref, number = bare_name(name), normal(version)
+        movable = [commit.movable(tag) for tag in tags]
+        parsed = Manifest.parse(manifest, f"the manifest of {ref.at(number)}")
+        entries = list(attachments)
+        absent = self.missing([*parsed.blobs(), *(entry.digest for entry in entries)])
+        if absent:
+            raise DamagedError(
+                f"{ref.at(number)} lacks its blobs {', '.join(d[:12] for d in absent)}"
+            )
+        blob = self.put_blob(manifest, parsed.id)
+        with self.home.write() as change:
+            number, created = commit.version(change, ref.at(number), parsed.id, movable, entries)
+        return Added(ref.at(number), parsed.id, created, parsed.size, blob.size if blob.new else 0)
