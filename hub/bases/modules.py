@@ -179,6 +179,7 @@ class _Builder:
     def _size(self, size: str | int) -> int:
         if isinstance(size, int):
             return size
+        count: int | None
         if size == "labels":
             labels = self.config.get("id2label")
             said = number(self.config, ("num_labels",))
