@@ -1,39 +1,82 @@
-"""The registry: what is stored. Names, versions, tags, manifests, blobs, lineage."""
+"""The registry: what is stored. Names, versions, tags, manifests, blobs, lineage.
 
-from adapterkit.registry.attaching import parse_metrics
-from adapterkit.registry.errors import (
-    AdapterError,
-    AdapterWarning,
-    ConflictError,
-    DamagedError,
-    InvalidError,
-    MismatchError,
-    NotFoundError,
-    ProtocolError,
-    RemoteError,
-    UnreachableError,
-)
-from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
-from adapterkit.registry.records import (
-    Added,
-    Attachment,
-    Edge,
-    Event,
-    Facts,
-    Lineage,
-    Version,
-)
-from adapterkit.registry.refs import (
-    PathSource,
-    Ref,
-    UrlSource,
-    parse_base,
-    parse_remote,
-    parse_source,
-    split_weight,
-)
-from adapterkit.registry.registry import Registry
-from adapterkit.registry.urls import Url, parse_url
+Public names are imported on first use: whoever needs one error does not pay for a catalog.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adapterkit.registry.attaching import parse_metrics
+    from adapterkit.registry.errors import (
+        AdapterError,
+        AdapterWarning,
+        ConflictError,
+        DamagedError,
+        InvalidError,
+        MismatchError,
+        NotFoundError,
+        ProtocolError,
+        RemoteError,
+        UnreachableError,
+    )
+    from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
+    from adapterkit.registry.records import (
+        Added,
+        Attachment,
+        Edge,
+        Event,
+        Facts,
+        Lineage,
+        Version,
+    )
+    from adapterkit.registry.refs import (
+        PathSource,
+        Ref,
+        UrlSource,
+        parse_base,
+        parse_remote,
+        parse_source,
+        split_weight,
+    )
+    from adapterkit.registry.registry import Registry
+    from adapterkit.registry.urls import Url, parse_url
+
+_PLACES = {
+    "AdapterError": "errors",
+    "AdapterWarning": "errors",
+    "Added": "records",
+    "Attachment": "records",
+    "ConflictError": "errors",
+    "DamagedError": "errors",
+    "Edge": "records",
+    "Event": "records",
+    "Facts": "records",
+    "FileEntry": "manifest",
+    "InvalidError": "errors",
+    "Lineage": "records",
+    "Manifest": "manifest",
+    "Meaning": "manifest",
+    "MismatchError": "errors",
+    "NotFoundError": "errors",
+    "PathSource": "refs",
+    "ProtocolError": "errors",
+    "Ref": "refs",
+    "Registry": "registry",
+    "RemoteError": "errors",
+    "UnreachableError": "errors",
+    "Url": "urls",
+    "UrlSource": "refs",
+    "Version": "records",
+    "parse_base": "refs",
+    "parse_metrics": "attaching",
+    "parse_remote": "refs",
+    "parse_source": "refs",
+    "parse_url": "urls",
+    "split_weight": "refs",
+}
 
 __all__ = [
     "AdapterError",
@@ -68,3 +111,11 @@ __all__ = [
     "parse_url",
     "split_weight",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found: object = getattr(import_module(f"adapterkit.registry.{_PLACES[name]}"), name)
+    globals()[name] = found
+    return found
