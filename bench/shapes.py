@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,30 @@ BYTES = {"BF16": 2, "F16": 2, "F32": 4}
 NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-def make_base(
-    folder: Path,
-    *,
-    layers: int = 80,
-    hidden: int = 8192,
-    intermediate: int = 28672,
-    heads: int = 64,
-    kv_heads: int = 8,
-    vocab: int = 128256,
-    shards: int = 30,
-    dtype: str = "BF16",
-) -> Path:
-    """A Llama-shaped base of any size; every weight reads as zero and takes no space."""
+@dataclass(frozen=True)
+class Sizes:
+    """Llama's shape; by default that of a 70B model."""
+
+    layers: int = 80
+    hidden: int = 8192
+    intermediate: int = 28672
+    heads: int = 64
+    kv_heads: int = 8
+    vocab: int = 128256
+    shards: int = 30
+    dtype: str = "BF16"
+
+
+def make_base(folder: Path, **sizes: Any) -> Path:
+    """A base of any size, see `Sizes`; every weight reads as zero and takes no space."""
+    size = Sizes(**sizes)
+    shards, dtype = size.shards, size.dtype
     folder.mkdir(parents=True, exist_ok=True)
     config: dict[str, Any] = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-        "intermediate_size": intermediate, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate, "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads,
+        "vocab_size": size.vocab,
         "rms_norm_eps": 1e-05, "tie_word_embeddings": False, "dtype": NAMES[dtype],
         "max_position_embeddings": 8192,
     }  # fmt: skip
@@ -47,7 +54,7 @@ def make_base(
     for name, keys in zip(names, placed, strict=True):
         _write(folder / name, keys, shapes, dtype)
     index = {
-        "metadata": {"total_size": sum(map(_size, shapes.values())) * BYTES[dtype]},
+        "metadata": {"total_size": sum(map(math.prod, shapes.values())) * BYTES[dtype]},
         "weight_map": {key: name for name, keys in zip(names, placed, strict=True) for key in keys},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -77,21 +84,14 @@ def _shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "lm_head.weight", (vocab, hidden)
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def _split(shapes: dict[str, tuple[int, ...]], shards: int) -> list[list[str]]:
     """Tensors in order, in shards of about equal size."""
-    total = sum(map(_size, shapes.values()))
+    total = sum(map(math.prod, shapes.values()))
     placed: list[list[str]] = [[] for _ in range(shards)]
     passed = 0
     for key, shape in shapes.items():
         placed[min(shards - 1, passed * shards // total)].append(key)
-        passed += _size(shape)
+        passed += math.prod(shape)
     return placed
 
 
@@ -99,7 +99,7 @@ def _write(path: Path, keys: list[str], shapes: dict[str, tuple[int, ...]], dtyp
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for key in keys:
-        end = place + _size(shapes[key]) * BYTES[dtype]
+        end = place + math.prod(shapes[key]) * BYTES[dtype]
         header[key] = {"dtype": dtype, "shape": shapes[key], "data_offsets": [place, end]}
         place = end
     text = json.dumps(header).encode()
@@ -112,10 +112,9 @@ def _write(path: Path, keys: list[str], shapes: dict[str, tuple[int, ...]], dtyp
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    options = [p for p in inspect.signature(make_base).parameters.values() if p.name != "folder"]
-    for option in options:
-        kind = type(option.default)
-        parser.add_argument(f"--{option.name.replace('_', '-')}", type=kind, default=option.default)
+    for option in fields(Sizes):
+        flag = f"--{option.name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(option.default), default=option.default)
     given = vars(parser.parse_args())
     print(make_base(given.pop("folder"), **given))
 

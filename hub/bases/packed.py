@@ -118,11 +118,18 @@ def auxiliary(tensors: Mapping[str, Stored]) -> set[str]:
     for key in tensors:
         if STATE in key:
             found.add(key)
-            name = key[: key.index(STATE)]
-            found.update(name + part for part in PARTS if name + part in tensors)
+            found.update(constants_of(tensors, key[: key.index(STATE)]))
         elif key.endswith(".SCB"):
             found.update({key, key.removesuffix("SCB") + "weight_format"} & tensors.keys())
     return found
+
+
+def constants_of(tensors: Mapping[str, Stored], name: str) -> list[str]:
+    """The tensors without which a quantized weight means nothing."""
+    keys = [name + part for part in (*PARTS, STATE + "nf4", STATE + "fp4")]
+    if name.endswith(".weight"):
+        keys.append(name.removesuffix("weight") + "SCB")
+    return [key for key in keys if key in tensors]
 
 
 def logical_shapes(tensors: Mapping[str, Stored]) -> dict[str, tuple[int, ...]]:
