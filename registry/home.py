@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
 import threading
 import warnings
@@ -11,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import Any, TypeVar
 
+from adapterkit.registry import layout
 from adapterkit.registry.blobs import Blobs, Stamp
 from adapterkit.registry.catalog import Catalog, delete
 from adapterkit.registry.clock import author, now
@@ -18,15 +18,11 @@ from adapterkit.registry.errors import (
     AdapterError,
     AdapterWarning,
     ConflictError,
-    DamagedError,
-    InvalidError,
 )
-from adapterkit.registry.files import Files, storage_errors, write_new
+from adapterkit.registry.files import Files, storage_errors
 from adapterkit.registry.log import Log, Place, Record, make_record
 
-FORMAT = 1
 LOCK_SECONDS = 60.0
-_OWN = {"FORMAT", "blobs", "catalog.db", "catalog.db-shm", "catalog.db-wal", "lock", "log", "tmp"}
 # Errors of a catalog that is broken, not of one that is busy or on a full disk.
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CONSTRAINT")
 
@@ -63,7 +59,7 @@ class Home:
         self.blobs = Blobs(path / "blobs", path / "tmp", files)
         self.log = Log(path / "log", files)
         with self._errors():
-            self._made = self._check_format()
+            self._made = layout.check(path, files)
             self.catalog = self._open_catalog()
 
     def close(self) -> None:
@@ -73,56 +69,13 @@ class Home:
     def _errors(self) -> AbstractContextManager[None]:
         return storage_errors(f"the registry {self.path}")
 
-    def _check_format(self) -> bool:
-        """Whether there is a registry. Raises if there is something else, or a newer one."""
-        try:
-            with self.files.open(self.path / "FORMAT") as file:
-                text = file.read(100).decode(errors="replace")
-        except FileNotFoundError:
-            self._check_free()
-            return False
-        found = re.fullmatch(r"adapterkit-store (\d{1,9})\n", text)
-        if found is None:
-            raise DamagedError(f"{self.path / 'FORMAT'} holds {text[:40]!r}, not a store's number")
-        if int(found[1]) > FORMAT:
-            raise AdapterError(
-                f"the registry {self.path} has format {found[1]}, newer than {FORMAT}",
-                hint="upgrade adapterkit: pip install -U adapterkit",
-            )
-        if not self.log.path.exists():
-            raise DamagedError(
-                f"the registry {self.path} lost its log, which says what it holds",
-                hint="restore the file 'log' from a backup",
-            )
-        return True
-
-    def _check_free(self) -> None:
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise InvalidError(f"the registry {self.path} is a file, expected a folder")
-        if self.log.size():
-            raise DamagedError(f"the registry {self.path} has a log, but lost its file FORMAT")
-        others = sorted(set(self.files.listdir(self.path)) - _OWN)
-        if others:
-            raise InvalidError(
-                f"{self.path} is not a registry: it has no FORMAT, but {others[0][:80]!r}",
-                hint="name a new or an empty folder",
-            )
-
     def create(self) -> None:
-        """FORMAT comes last: where it is, all the rest is durable."""
         with self.guard, self._errors():
-            if self._made:
-                return
-            self._check_format()
-            self.blobs.create()
-            with suppress(FileExistsError):
-                self.files.create(self.log.path).close()
-            self.files.fsync_folder(self.path)
-            content = f"adapterkit-store {FORMAT}\n".encode()
-            write_new(self.files, self.path / "FORMAT", content, self.path / "tmp")
-            self._made = True
+            if not self._made:
+                layout.check(self.path, self.files)
+                self.blobs.create()
+                layout.create(self.path, self.files)
+                self._made = True
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from urllib.parse import quote, unquote
 
 from adapterkit.registry.errors import InvalidError, NotFoundError
 
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*")
 _HOST = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
 _REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -56,8 +57,8 @@ def parse_url(text: str) -> Url:
     """Raises InvalidError, and NotFoundError for a scheme that no remote speaks."""
     scheme, mark, rest = text.partition("://")
     scheme = scheme.lower()
-    if not mark:
-        raise InvalidError(f"{text[:200]!r} is not a URL")
+    if not mark or not _SCHEME.fullmatch(scheme):
+        raise InvalidError(f"{text.partition('@')[0][:200]!r} is not a URL")
     parse = _SCHEMES.get(scheme)
     if parse is None:
         hint = "write hf+https://HOST" if scheme in ("http", "https") else None
