@@ -31,6 +31,17 @@ class App:
         return Registry(self.home)
 
     @property
+    def cache(self) -> Path:
+        """What can be computed again: hashes of files that have not changed."""
+        from platformdirs import user_cache_path
+
+        return user_cache_path("adapterkit", appauthor=False)
+
+    def close(self) -> None:
+        if "registry" in self.__dict__:  # opened by this command
+            self.registry.close()
+
+    @property
     def detailed(self) -> bool:
         return self.verbosity > 1
 

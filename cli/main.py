@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 # name -> what `adapter --help` says; the command itself is `command` in the file of that name.
 COMMANDS = {
     "add": "Store an adapter folder as a new version of NAME.",
-    "list": "List adapters and their versions.",
+    "list": "List adapters and versions.",
     "show": "Show everything recorded about one version.",
-    "tag": "Point a tag at a version, or take a tag away.",
-    "rm": "Remove a version, or an adapter with all versions.",
+    "tag": "Point a tag at a version.",
+    "rm": "Remove a version, or a tag.",
     "export": "Write the files of a version into a folder.",
     "check": "Say whether adapters fit their base model.",
     "base": "Show the identity of a base model.",
@@ -121,3 +121,4 @@ def main(
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub, which is imported later
     ctx.obj = App(home, 0 if quiet else 2 if verbose else 1, offline)
+    ctx.call_on_close(ctx.obj.close)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import click
 
 from adapterkit.cli.app import App
-from adapterkit.hub.findings import clean
+from adapterkit.hub.findings import Finding, clean
 
 MAX_LINE = 4000
 
@@ -36,6 +36,13 @@ def emit(value: object) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+def finding_record(finding: Finding) -> dict[str, str]:
+    """The JSON form of a finding."""
+    from dataclasses import asdict
+
+    return asdict(finding)
+
+
 def size(n_bytes: int) -> str:
     """`8600` -> `8.4 KiB`."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -46,6 +53,15 @@ def size(n_bytes: int) -> str:
 def count(n: int, noun: str) -> str:
     """`1 file`, `2 files`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def moment(created: str) -> str:
+    """An ISO time to the minute, in UTC: `2026-03-01 14:05`."""
+    return created[:16].replace("T", " ")
+
+
+def day(created: str) -> str:
+    return created[:10]
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -1,0 +1,110 @@
+"""README and docs/cli.md are run, not believed.
+
+Every `console` block is replayed, command by command, in one shell folder per page; its output must
+be what the page shows. After a change of wording:  python tests/test_docs.py  rewrites the blocks.
+Every `pycon` block is replayed as a doctest.
+"""
+
+from __future__ import annotations
+
+import doctest
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from adapterkit.cli.main import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/cli.md")
+CONSOLE = re.compile(r"(?<=```console\n).*?(?=^```)", re.M | re.S)
+PYCON = re.compile(r"(?<=```pycon\n).*?(?=^```)", re.M | re.S)
+# What differs from run to run: the day, the time, the folder the page runs in.
+VOLATILE = (
+    (re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?Z?)?"), "2026-01-01"),
+    (re.compile(r"\d+(\.\d+)? ?m?s\b"), "1 s"),
+)
+
+
+def same(text: str) -> str:
+    for pattern, replacement in VOLATILE:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def steps(block: str) -> list[tuple[str, str]]:
+    """(command, output shown) of a block; a command is a line after `$ `."""
+    parts = re.split(r"^\$ ", block, flags=re.M)
+    assert parts[0] == "", f"a console block starts with output: {parts[0]!r}"
+    pairs = [part.partition("\n") for part in parts[1:]]
+    return [(command, output) for command, _, output in pairs]
+
+
+class Shell:
+    """An empty folder with the checkout's test data in it, and a home of its own.
+
+    Commands run where `tests/data` is what it is in a checkout, and can leave files behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "tests").symlink_to(ROOT / "tests")
+        scripts = Path(sys.executable).parent
+        self.environment = os.environ | {
+            "HOME": str(folder), "ADAPTERKIT_HOME": str(folder / "home"), "COLUMNS": "100",
+            "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "PYTHONWARNINGS": "default",
+        }  # fmt: skip
+
+    def run(self, command: str) -> str:
+        """What a terminal would show, with the exit code where it is not 0."""
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.folder, env=self.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120,
+        )  # fmt: skip
+        shown = done.stdout.replace(str(self.folder), "$PWD")
+        return shown if done.returncode == 0 else f"{shown}[exit code {done.returncode}]\n"
+
+
+def replay(page: str, folder: Path) -> str:
+    """The page with what its commands print now."""
+    shell = Shell(folder)
+
+    def block(match: re.Match[str]) -> str:
+        done = []
+        for command, shown in steps(match[0]):
+            output = shell.run(command)
+            done.append(f"$ {command}\n{shown if same(shown) == same(output) else output}")
+        return "".join(done)
+
+    return CONSOLE.sub(block, (ROOT / page).read_text())
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_shown_prints_what_the_page_shows(page, tmp_path):
+    assert replay(page, tmp_path) == (ROOT / page).read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_documented(command):
+    assert f"$ adapter {command} --help\n" in (ROOT / "docs/cli.md").read_text()
+    assert f"adapter {command}" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_sessions_print_what_the_page_shows(page, tmp_path, monkeypatch):
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join(PYCON.findall((ROOT / page).read_text()))
+    session = doctest.DocTestParser().get_doctest(text, {}, page, page, 0)
+    failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(session)
+    assert failed == 0
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            (ROOT / page).write_text(replay(page, Path(folder)))
