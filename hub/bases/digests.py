@@ -136,16 +136,18 @@ def _whole(source: ByteSource, tensors: Iterable[Stored], report: Progress) -> H
     digest = hashlib.sha256()
     waiting = sorted(tensors, key=lambda tensor: (tensor.start, tensor.stop), reverse=True)
     running = {tensor.key: _start(tensor) for tensor in waiting}
-    for start in range(0, source.size, CHUNK):
-        data = memoryview(source.read(start, min(CHUNK, source.size - start)))
-        digest.update(data)
-        stop = start + len(data)
-        while waiting and waiting[-1].start < stop:
-            tensor = waiting[-1]
-            inside = data[max(tensor.start - start, 0) : tensor.stop - start]
-            running[tensor.key].update(inside)
-            if tensor.stop > stop:
-                break
-            waiting.pop()
-        report(len(data))
+    with ThreadPoolExecutor(1) as beside:  # the same bytes are hashed twice, at the same time
+        for start in range(0, source.size, CHUNK):
+            data = memoryview(source.read(start, min(CHUNK, source.size - start)))
+            done = beside.submit(digest.update, data)
+            stop = start + len(data)
+            while waiting and waiting[-1].start < stop:
+                tensor = waiting[-1]
+                inside = data[max(tensor.start - start, 0) : tensor.stop - start]
+                running[tensor.key].update(inside)
+                if tensor.stop > stop:
+                    break
+                waiting.pop()
+            done.result()
+            report(len(data))
     return Hashes(digest.hexdigest(), {key: leaf.hexdigest() for key, leaf in running.items()})

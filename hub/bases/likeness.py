@@ -104,7 +104,9 @@ def _compare(
 
 def _widened(values: Values, dtype: str) -> Values:
     """Dense values as the interval that a cast to `dtype` takes to each of them."""
-    errors = [half_unit(number, dtype) for number in values.numbers]
+    # Bases in bfloat16 were often in float16 before, so that what was cast was rounded twice.
+    casts = (dtype, "F16") if dtype == "BF16" else (dtype,)
+    errors = [sum(half_unit(number, cast) for cast in casts) for number in values.numbers]
     low = [number - error for number, error in zip(values.numbers, errors, strict=True)]
     high = [number + error for number, error in zip(values.numbers, errors, strict=True)]
     return Values(values.format, values.numbers, low, high)
