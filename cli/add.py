@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,10 +74,12 @@ def command(
 def metric(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
-        return name.strip(), float(value)
-    except ValueError as error:
-        hint = "write NAME=NUMBER, such as loss=0.71"
-        raise InvalidError(f"{text!r} is not a metric", hint=hint) from error
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not name or not math.isfinite(number):
+        raise InvalidError(f"{text!r} is not a metric", hint="write NAME=NUMBER, such as loss=0.71")
+    return name, number
 
 
 def record(done: Ingested) -> dict[str, object]:

@@ -65,7 +65,7 @@ class Fingerprint:
         roots = {name: getattr(self, name) for name in ROOTS}
         found |= {name: {"root": value} for name, value in roots.items() if value is not None}
         if self.sketch is not None:
-            found["sketch"] = {"digest": self.sketch[0], "size": self.sketch[1]}
+            found["sketch"] = {"digest": f"sha256:{self.sketch[0]}", "size": self.sketch[1]}
         if self.quantization is not None:
             found["quantization"] = self.quantization.record()
         return found
@@ -211,7 +211,9 @@ def _root(entry: Mapping[str, Any], name: str) -> str | None:
 
 
 def _blob(entry: Mapping[str, Any]) -> tuple[str, int] | None:
-    found = _object(entry, "sketch")
+    found = dict(_object(entry, "sketch"))
+    if isinstance(found.get("digest"), str):
+        found["digest"] = found["digest"].removeprefix("sha256:")
     digest, size = _digest(found, "digest", "sketch digest"), _count(found, "size", "sketch size")
     return None if digest is None or size is None else (digest, size)
 
