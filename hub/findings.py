@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 ERROR, WARNING, INFO = "error", "warning", "info"
 
+# Code of a finding about a feature this program does not have: nothing is damaged.
+UNSUPPORTED = "unsupported"
+
 IDENTICAL = "identical"
 SAME_CAST = "same-weights-cast"
 QUANTIZED_DIFFERENTLY = "quantized-differently"
@@ -41,13 +44,15 @@ class Finding:
 @dataclass(frozen=True)
 class Report:
     """The answer of `check`. level: the strongest comparison that was possible
-    (`files`, `tensors`, `touched`, `sketch`, `layout` or `none`)."""
+    (`files`, `tensors`, `touched`, `sketch`, `layout` or `none`). failure: exit code when the
+    verdict is unknown."""
 
     verdict: str
     findings: tuple[Finding, ...]
     level: str
     source: str = ""
     base: str = ""
+    failure: int = 0
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -71,6 +76,10 @@ def listing(findings: Iterable[Finding], limit: int = 40) -> str:
     """The findings, one a line, sorted, errors first; the rest is counted."""
     rank = {ERROR: 0, WARNING: 1, INFO: 2}
     rows = sorted(set(findings), key=lambda f: (rank[f.severity], f))
-    lines = [f"  {row.severity}: {row}" for row in rows[:limit]]
+    lines = [f"  {row.severity}: {row}{_hint(row)}" for row in rows[:limit]]
     lines += [f"  ... and {len(rows) - limit} more"] if len(rows) > limit else []
     return "\n".join(lines)
+
+
+def _hint(row: Finding) -> str:
+    return f"\n    hint: {clean(row.hint)}" if row.hint else ""

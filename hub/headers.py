@@ -32,7 +32,7 @@ LFS_MARK = b"version https://git-lfs.github.com/spec/"
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: key, safetensors dtype name, shape, and the bytes [start, stop) of `source`."""
+    """A tensor in a file: safetensors dtype name, shape, its bytes [start, stop) of `source`."""
 
     key: str
     dtype: str
@@ -129,7 +129,9 @@ def _parse(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, str]]:
         raise DamagedError(f"{name} has duplicate keys in its header: {shown}")
     metadata = value.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise DamagedError(f"{name} has a header whose __metadata__ does not map strings to strings")
+        raise DamagedError(
+            f"{name} has a header whose __metadata__ maps strings to something else than strings"
+        )
     return value, metadata
 
 
@@ -145,23 +147,9 @@ def _tensor(
         faults.append(f"{shown} is not a tensor entry of dtype, shape and data_offsets")
         return None
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    before = len(faults)
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        faults.append(f"{shown} has an unknown dtype {clean(repr(dtype))}")
-    if not isinstance(shape, list) or not all(map(_count, shape)):
-        faults.append(f"{shown} has a shape with a negative or non-integer size: {clean(repr(shape))}")
-    elif math.prod(shape) >= 1 << 63:
-        faults.append(f"{shown} has a shape whose size overflows 64 bits: {clean(repr(shape))}")
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_count, offsets))):
-        faults.append(f"{shown} has malformed data_offsets {clean(repr(offsets))}")
-    elif offsets[0] > offsets[1]:
-        faults.append(f"{shown} has data_offsets that end before they start: {offsets}")
-    elif data + offsets[1] > source.size:
-        faults.append(
-            f"{shown} has data_offsets {offsets} out of range: the file is truncated, expected at"
-            f" least {data + offsets[1]} bytes, actual size {source.size}"
-        )
-    if len(faults) > before:
+    found = [*_form_faults(dtype, shape), *_range_faults(offsets, data, source.size)]
+    faults.extend(f"{shown} has {fault}" for fault in found)
+    if found:
         return None
     start, stop = offsets
     bits = math.prod(shape) * DTYPE_BITS[dtype]
@@ -172,6 +160,30 @@ def _tensor(
         )
         return None
     return Stored(key, dtype, tuple(shape), source, data + start, data + stop)
+
+
+def _form_faults(dtype: object, shape: object) -> list[str]:
+    faults = []
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        faults.append(f"an unknown dtype {clean(repr(dtype))}")
+    if not isinstance(shape, list) or not all(map(_count, shape)):
+        faults.append(f"a shape with a negative or non-integer size: {clean(repr(shape))}")
+    elif math.prod(shape) >= 1 << 63:
+        faults.append(f"a shape whose size overflows 64 bits: {clean(repr(shape))}")
+    return faults
+
+
+def _range_faults(offsets: object, data: int, size: int) -> list[str]:
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_count, offsets))):
+        return [f"malformed data_offsets {clean(repr(offsets))}"]
+    if offsets[0] > offsets[1]:
+        return [f"data_offsets that end before they start: {offsets}"]
+    if data + offsets[1] > size:
+        return [
+            f"data_offsets {offsets} out of range: the file is truncated, expected at least"
+            f" {data + offsets[1]} bytes, actual size {size}"
+        ]
+    return []
 
 
 def _layout(tensors: Iterable[Stored], data: int, size: int) -> list[str]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from adapterkit.hub.findings import clean
 from adapterkit.registry.errors import DamagedError, NotFoundError
+from adapterkit.registry.manifest import Manifest
 
 
 class ByteSource(Protocol):
@@ -67,16 +68,15 @@ class FileSource:
 class Folder:
     """Named files of one adapter or base: a directory, or a version in a registry.
 
-    name: what messages call it. files: relative POSIX path -> source.
-    root: the directory, where it is one. stored: the record of the registry version, where it is
-    one (`id`, `manifest`).
+    name: what messages call it. files: relative POSIX path -> source. root: the directory, where
+    it is one. manifest, sketch: what the registry recorded of a version and of its base.
     """
 
     name: str
     files: Mapping[str, ByteSource]
     root: Path | None = None
-    manifest: Mapping[str, object] | None = None
-    links: tuple[str, ...] = field(default=())
+    manifest: Manifest | None = None
+    sketch: ByteSource | None = None
 
     def file(self, path: str) -> ByteSource:
         if path not in self.files:
@@ -84,19 +84,19 @@ class Folder:
         return self.files[path]
 
 
-def open_folder(path: Path, *, follow_links: bool = False) -> Folder:
+def open_folder(path: Path) -> Folder:
     """The files of a directory and its subdirectories, nothing opened yet.
 
     Symbolic links are refused (DamagedError, all of them named): an imported folder must not
-    reach outside itself. `follow_links` is for base models, whose caches are made of links.
+    reach outside itself. Links of a Hub cache into its own blobs are followed.
     """
     if not path.exists():
         raise NotFoundError(f"{clean(str(path))} does not exist")
     if not path.is_dir():
         raise DamagedError(
-            f"{clean(str(path))} is a file, expected a folder",
-            hint="archives are never opened, as paths inside them can lead outside of the folder:"
-            " unpack it and give the folder",
+            f"{clean(str(path))} is a file, expected a folder; archives are not opened: their size"
+            " is unknown and paths inside them can lead outside",
+            hint="unpack it and give the folder",
         )
     files: dict[str, ByteSource] = {}
     links: list[str] = []
@@ -106,11 +106,11 @@ def open_folder(path: Path, *, follow_links: bool = False) -> Folder:
         for name in sorted(names + linked):
             place = here / name
             relative = place.relative_to(path).as_posix()
-            if place.is_symlink() and not follow_links:
+            if place.is_symlink() and not _in_hub_cache(path, place):
                 links.append(relative)
             elif name in names:
                 files[relative] = FileSource.open(place, relative)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders.sort()
     if links:
         shown = ", ".join(f"{link} -> {(path / link).readlink()}" for link in links)
         raise DamagedError(
@@ -119,3 +119,14 @@ def open_folder(path: Path, *, follow_links: bool = False) -> Folder:
             hint="copy the file itself into the folder",
         )
     return Folder(str(path), files, path)
+
+
+def _in_hub_cache(folder: Path, link: Path) -> bool:
+    """Whether `folder` is a snapshot of huggingface_hub's cache and the link points to its blobs."""
+    snapshot = folder.resolve()
+    if snapshot.parent.name != "snapshots":
+        return False
+    try:
+        return link.resolve(strict=True).parent == snapshot.parent.parent / "blobs"
+    except (OSError, RuntimeError):  # dangling, or a loop
+        return False

@@ -87,12 +87,13 @@ class Base:
 
     @property
     def architecture(self) -> str:
-        names = self.config.get("architectures") or [""]
-        return str(names[0])
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else ""
 
     @property
     def vocabulary(self) -> int | None:
         """Rows of the input embedding, from the config."""
-        config = self.config.get("text_config") or self.config
+        text = self.config.get("text_config")
+        config = text if isinstance(text, Mapping) and "vocab_size" in text else self.config
         size = config.get("vocab_size")
-        return size if isinstance(size, int) else None
+        return size if isinstance(size, int) and not isinstance(size, bool) else None

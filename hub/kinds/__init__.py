@@ -1,0 +1,25 @@
+"""Adapter kinds: one file and one row each."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from adapterkit.registry.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from adapterkit.hub.kinds.base import Kind
+
+KINDS = {
+    "lora": "adapterkit.hub.kinds.lora:Lora",
+    "trainable_tokens": "adapterkit.hub.kinds.trainable_tokens:TrainableTokens",
+}
+
+
+def kind(name: str) -> Kind:
+    """The kind of that name. Raises NotFoundError."""
+    if name not in KINDS:
+        raise NotFoundError(f"{name} is not a kind of adapter known here")
+    module, _, attribute = KINDS[name].partition(":")
+    found: Kind = getattr(import_module(module), attribute)()
+    return found

@@ -1,0 +1,248 @@
+"""Adapters on a live model: attach, activate, detach. The model's structure is never touched."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.bases.base import Base
+from adapterkit.hub.compose.lowering import Bound, Lowered, lower
+from adapterkit.hub.compose.model import describe_model
+from adapterkit.hub.compose.patch import Patch
+from adapterkit.hub.compose.plan import Weighted
+from adapterkit.hub.findings import ERROR, WARNING, Finding, clean, listing
+from adapterkit.hub.fit import fit
+from adapterkit.hub.locate import Source, locate
+from adapterkit.hub.primitives import RowScale
+from adapterkit.hub.read import read_adapter
+from adapterkit.hub.sources import Folder
+from adapterkit.registry.errors import (
+    AdapterWarning,
+    ConflictError,
+    InvalidError,
+    MismatchError,
+    NotFoundError,
+)
+
+if TYPE_CHECKING:
+    from adapterkit.registry import Registry
+
+Dialect = Literal["exact", "peft"]
+_attached: weakref.WeakKeyDictionary[nn.Module, Adapters] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Options:
+    """How adapters are read and applied.
+
+    dtype: of the factors; None is each module's compute dtype. strict: doubts raise too.
+    allow_fields: unknown config fields that change nothing. dialect: "exact" adds the deltas;
+    "peft" lets a DoRA rescale what was activated before it, as PEFT does.
+    """
+
+    registry: Registry | None = None
+    dtype: torch.dtype | None = None
+    strict: bool = False
+    allow_fields: Collection[str] = ()
+    dialect: Dialect = "exact"
+
+
+class Adapters:
+    """The adapters attached to one model."""
+
+    def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
+        self._model, self._base, self._options = model, base, options
+        self._modules = dict(model.named_modules())
+        self._lowered: dict[str, Lowered] = {}
+        self._patches: dict[str, Patch] = {}
+        self._active: dict[str, float] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._lowered)
+
+    @property
+    def active(self) -> Mapping[str, float]:
+        """Weights as last activated; names left out are 0."""
+        return MappingProxyType(self._active)
+
+    @property
+    def report(self) -> Mapping[str, tuple[Bound, ...]]:
+        """For each adapter, every tensor of its file and what it was bound to."""
+        return {name: lowered.bound for name, lowered in self._lowered.items()}
+
+    def add(self, name: str, source: Source) -> None:
+        """Attaches one more, inactive. Raises ConflictError if the name is taken, MismatchError
+        with all findings if it does not fit; then nothing has changed."""
+        if name in self._lowered:
+            raise ConflictError(f"an adapter is attached as {clean(name)} already")
+        adapter = checked(locate(source, self._options.registry), self._base, self._options)
+        self._lowered[name] = lower(adapter, self._base, self._modules, self._options.dtype)
+
+    def remove(self, name: str) -> None:
+        """Forgets one; the others stay as active as they were."""
+        self._known([name])
+        remaining = {other: w for other, w in self._active.items() if other != name}
+        self.activate(remaining)
+        del self._lowered[name]
+
+    def activate(self, weights: Mapping[str, float] | Sequence[str]) -> None:
+        """Makes the model the base plus sum of weight * adapter; names left out are 0.
+
+        weights: finite numbers, negative ones subtract; a plain list of names means 1 each.
+        """
+        given = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, 1.0)
+        self._known(given)
+        wrong = [f"{name}={weight!r}" for name, weight in given.items() if not _is_weight(weight)]
+        if wrong:
+            raise InvalidError(f"weights must be finite numbers, found {', '.join(wrong)}")
+        self._check_dialect(given)
+        active = {name: float(weight) for name, weight in given.items() if weight != 0}
+        updates: dict[str, list[Weighted]] = {}
+        for name, weight in active.items():
+            for module, primitives in self._lowered[name].updates.items():
+                updates.setdefault(module, []).extend(Weighted(weight, p) for p in primitives)
+        for module in updates.keys() - self._patches.keys():
+            self._patches[module] = Patch(self._modules[module])
+        for module, patch in self._patches.items():
+            patch.activate(updates.get(module, ()), sequential=self._options.dialect == "peft")
+        self._active = active
+
+    def detach(self) -> None:
+        """The base again, bit for bit; this object is empty afterwards."""
+        for patch in reversed(self._patches.values()):
+            patch.remove()
+        self._patches.clear()
+        self._lowered.clear()
+        self._active = {}
+        _attached.pop(self._model, None)
+
+    def __enter__(self) -> Adapters:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def __repr__(self) -> str:
+        return f"<Adapters {', '.join(f'{n}={self._active.get(n, 0.0):g}' for n in self._lowered)}>"
+
+    def _known(self, names: Collection[str]) -> None:
+        unknown = [clean(str(name)) for name in names if name not in self._lowered]
+        if unknown:
+            held = ", ".join(self._lowered) or "nothing"
+            raise NotFoundError(f"no adapter is attached as {', '.join(unknown)}; attached: {held}")
+
+    def _check_dialect(self, weights: Mapping[str, float]) -> None:
+        if self._options.dialect != "peft":
+            return
+        scaled = [
+            name
+            for name, weight in weights.items()
+            if weight not in (0, 1) and _rescales(self._lowered[name])
+        ]
+        if scaled:
+            raise InvalidError(
+                f"the peft dialect gives DoRA no weight but 0 and 1: {', '.join(scaled)}",
+                hint="attach without dialect='peft'",
+            )
+
+
+def _rescales(lowered: Lowered) -> bool:
+    return any(isinstance(p, RowScale) for made in lowered.updates.values() for p in made)
+
+
+def _is_weight(value: object) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and bool(torch.isfinite(torch.tensor(float(value))))
+    )
+
+
+def attach(
+    model: nn.Module,
+    adapters: Mapping[str, Source] | Sequence[Source] | Source = (),
+    *,
+    options: Options | None = None,
+    **settings: object,
+) -> Adapters:
+    """Attaches adapters to a transformers model and activates each with weight 1.
+
+    adapters: names -> references or folders, or a plain list of them. settings: the fields of
+    Options (registry, dtype, strict, allow_fields, dialect).
+    Raises MismatchError with all findings, before anything is copied, if one does not fit.
+    """
+    chosen = options or Options(**settings)  # type: ignore[arg-type]
+    _refuse_wrapped(model)
+    base = describe_model(model)
+    named = _named(adapters)
+    found = Adapters(model, base, chosen)
+    for name, source in named.items():
+        found.add(name, source)
+    found.activate(list(named))
+    if "torch._dynamo" in sys.modules:  # code compiled before would not see the swapped forwards
+        torch.compiler.reset()
+    _attached[model] = found
+    return found
+
+
+def attached(model: nn.Module) -> Adapters | None:
+    """What is attached to a model, or None."""
+    return _attached.get(model)
+
+
+def checked(folder: Folder, base: Base, options: Options) -> Adapter:
+    """The adapter, once nothing speaks against binding it to `base`; doubts warn."""
+    adapter = read_adapter(folder, options.allow_fields)
+    adapter.require_sound()
+    findings = fit(adapter, base)
+    raise_or_warn(adapter.name, base.name, findings, strict=options.strict)
+    return adapter
+
+
+def raise_or_warn(name: str, base: str, findings: list[Finding], *, strict: bool) -> None:
+    """MismatchError with every finding if one is an error (or a warning, when strict)."""
+    bad = (ERROR, WARNING) if strict else (ERROR,)
+    if any(finding.severity in bad for finding in findings):
+        raise MismatchError(f"{clean(name)} does not fit {clean(base)}:\n{listing(findings)}")
+    doubts = [finding for finding in findings if finding.severity == WARNING]
+    if doubts:
+        warnings.warn(
+            f"{clean(name)} on {clean(base)}:\n{listing(doubts)}", AdapterWarning, stacklevel=4
+        )
+
+
+def _named(adapters: Mapping[str, Source] | Sequence[Source] | Source) -> dict[str, Source]:
+    if isinstance(adapters, Mapping):
+        return dict(adapters)
+    sources = [adapters] if isinstance(adapters, str | Path | Folder) else list(adapters)
+    named = {
+        source.name if isinstance(source, Folder) else str(source): source for source in sources
+    }
+    if len(named) < len(sources):
+        raise ConflictError("the same adapter is listed twice", hint="give a mapping of names")
+    return named
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    if attached(model) is not None:
+        raise ConflictError(
+            "adapters are attached to this model already", hint="adapters.add(name, source)"
+        )
+    kinds = {kind.__name__ for kind in type(model).__mro__}
+    if "PeftModel" in kinds or any(hasattr(module, "base_layer") for module in model.modules()):
+        raise InvalidError("the model is wrapped by PEFT", hint="model = model.unload()")
+    if "OptimizedModule" in kinds:
+        raise InvalidError(
+            "the model is compiled", hint="attach to the model first, then torch.compile it"
+        )

@@ -1,0 +1,151 @@
+"""From an adapter to primitives bound to the modules of a live model; nothing is dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.bases.base import Base, Module
+from adapterkit.hub.compose.model import weights_of
+from adapterkit.hub.findings import clean
+from adapterkit.hub.kinds import kind
+from adapterkit.hub.primitives import BiasShift, LowRank, Primitive, RowScale
+from adapterkit.hub.quant import format_of
+from adapterkit.hub.tensors import read_tensor
+from adapterkit.registry.errors import AdapterError, DamagedError, MismatchError
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One tensor of the file and what became of it. primitive: "LowRank", "Replace", ...;
+    "copy" for one that equals what the base has."""
+
+    tensor: str
+    module: str
+    role: str
+    primitive: str
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """updates: module path -> primitives, in order. bound: one entry for each tensor."""
+
+    updates: Mapping[str, tuple[Primitive, ...]]
+    bound: tuple[Bound, ...]
+
+
+@dataclass(frozen=True)
+class LiveSite:
+    """A module of the live model, as a kind sees it."""
+
+    module: Module
+    tied: tuple[str, ...]
+    live: nn.Module
+
+    def weight(self) -> Tensor:
+        """Raises MismatchError naming the module if its exact weight is gone."""
+        try:
+            return format_of(self.live).read_weight(self.live)
+        except AdapterError as error:
+            raise MismatchError(f"{self.module.name}: {error}", hint=error.hint) from error
+
+
+class Used(dict[str, Tensor]):
+    """Tensors by role that remember which of them were taken."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self.taken: set[str] = set()
+
+    def __getitem__(self, role: str) -> Tensor:
+        self.taken.add(role)
+        return super().__getitem__(role)
+
+
+def lower(
+    adapter: Adapter, base: Base, modules: Mapping[str, nn.Module], dtype: torch.dtype | None
+) -> Lowered:
+    """Every tensor of the adapter as primitives on `modules`, on each module's device.
+
+    dtype: of the factors; None is each module's own compute dtype. Raises DamagedError naming
+    every tensor that is not finite, and MismatchError if a tensor would be left out.
+    """
+    updates: dict[str, list[Primitive]] = {}
+    bound: list[Bound] = []
+    tensors = _read(adapter)
+    for name, stored in adapter.modules.items():
+        live = modules[name]
+        site = LiveSite(base.modules[name], _tied(base, name), live)
+        given = {role: tensors[name, role].to(_device(live)) for role in stored}
+        roles, copies = _without_copies(given, live)
+        used = Used(roles)
+        made = list(kind(adapter.kind).lower(adapter.fields, site, used))
+        left = [stored[role].key for role in roles if role not in used.taken]
+        if left:
+            raise MismatchError(f"{adapter.name}: nothing applies {', '.join(map(clean, left))}")
+        for target, primitive in made:
+            updates.setdefault(target, []).append(_placed(primitive, modules[target], dtype))
+        names = "+".join(dict.fromkeys(type(primitive).__name__ for _, primitive in made))
+        bound += [
+            Bound(item.key, name, role, "copy" if role in copies else names)
+            for role, item in stored.items()
+        ]
+    return Lowered({name: tuple(made) for name, made in updates.items()}, tuple(bound))
+
+
+def _read(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
+    """All tensors, float32 (float64 stays). DamagedError names each that is not finite."""
+    tensors = {place: read_tensor(stored) for place, stored in adapter.tensors.items()}
+    broken = [
+        adapter.tensors[place].key
+        for place, tensor in tensors.items()
+        if not torch.isfinite(tensor).all()
+    ]
+    if broken:
+        shown = ", ".join(map(clean, broken[:10]))
+        raise DamagedError(f"{adapter.name} holds NaN or Inf values, not finite, in {shown}")
+    return {place: tensor.float() for place, tensor in tensors.items()}
+
+
+def _tied(base: Base, name: str) -> tuple[str, ...]:
+    return tuple(module.name for module in base.modules.values() if module.tied_to == name)
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next((p.device for p in module.parameters(recurse=False)), torch.device("cpu"))
+
+
+def _without_copies(
+    tensors: Mapping[str, Tensor], live: nn.Module
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors left when those that only repeat what the base has are taken out."""
+    copies = {role for role in tensors if role.startswith("wrapper.")}
+    table, weight = tensors.get("table"), weights_of(live)
+    if table is not None and weight is not None and table.shape == weight.shape:
+        equal = torch.equal(table.to(weight.dtype), weight.detach())
+        copies |= {"table"} if equal else set()
+    return {role: tensor for role, tensor in tensors.items() if role not in copies}, copies
+
+
+def _placed(primitive: Primitive, live: nn.Module, dtype: torch.dtype | None) -> Primitive:
+    """The primitive on the module's device; factors in the dtype they are multiplied in.
+
+    Scales, row scales and shifts stay float32: they are constants of one multiplication each.
+    """
+    device = _device(live)
+    if isinstance(primitive, LowRank):
+        compute = dtype or format_of(live).compute_dtype(live) or torch.float32
+        b = primitive.B.to(device)
+        if primitive.out_scale is not None:  # folded in float32, rounded once
+            b = b * primitive.out_scale.to(device)[:, None]
+        a, b = primitive.A.to(device, compute), b.to(compute)
+        return replace(primitive, A=a.contiguous(), B=b.contiguous(), out_scale=None)
+    if isinstance(primitive, RowScale):
+        return RowScale(primitive.g.to(device))
+    if isinstance(primitive, BiasShift):
+        return BiasShift(primitive.d.to(device))
+    return replace(primitive, T=primitive.T.to(device))

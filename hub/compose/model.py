@@ -1,0 +1,92 @@
+"""A live model, described as a base: the same module table that a checkpoint has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapterkit.hub.bases import base as rows
+from adapterkit.hub.bases.base import Base, Module, Quantization
+from adapterkit.hub.quant import format_of
+from adapterkit.registry.errors import InvalidError
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def describe_model(model: nn.Module) -> Base:
+    """The module table and config of a transformers model. Its weights are not read."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise InvalidError(f"{type(model).__name__} has no config: it is not a transformers model")
+    found = dict(model.named_modules())
+    owners = {id(module): name for name, module in _input_table(model, found)}
+    modules = {
+        name: _row(name, module, owners) for name, module in found.items() if _is_leaf(module)
+    }
+    modules |= {row.name: row for name, module in found.items() for row in _experts(name, module)}
+    settings: dict[str, Any] = {**config.to_dict(), "architectures": [type(model).__name__]}
+    name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+    return Base(name=name, config=settings, modules=modules, quantization=quantization(model))
+
+
+def quantization(model: nn.Module) -> Quantization:
+    """How the model's linear layers are stored: the format of the first that is quantized."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            method = format_of(module).method(module)
+            if method != "none":
+                return Quantization(method)
+    return Quantization("none")
+
+
+def weights_of(module: nn.Module) -> Tensor | None:
+    weight = getattr(module, "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
+def _input_table(model: nn.Module, found: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of the first module that holds each shared weight."""
+    seen: dict[int, str] = {}
+    for name, module in found.items():
+        weight = weights_of(module)
+        if weight is not None and _is_leaf(module):
+            first = seen.setdefault(id(weight), name)
+            if first != name:
+                yield first, module
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return weights_of(module) is not None and next(module.children(), None) is None
+
+
+def _row(name: str, module: nn.Module, owners: dict[int, str]) -> Module:
+    bias = "" if getattr(module, "bias", None) is not None else None
+    kind, shape = _shape(module)
+    return Module(name, kind, shape, bias=bias, tied_to=owners.get(id(module)))
+
+
+def _shape(module: nn.Module) -> tuple[str, tuple[int, ...]]:
+    """Type and logical shape; quantized weights are packed, so the sizes come from the layer."""
+    if isinstance(module, nn.Linear):
+        return rows.LINEAR, (module.out_features, module.in_features)
+    weight = weights_of(module)
+    shape = tuple(weight.shape) if weight is not None else ()
+    if isinstance(module, Conv1D):
+        return rows.CONV1D, shape[::-1]
+    if isinstance(module, nn.Embedding):
+        return rows.EMBEDDING, shape
+    if isinstance(module, CONVS):
+        return rows.CONV, shape
+    return (rows.NORM, shape) if len(shape) == 1 else (rows.OTHER, shape)
+
+
+def _experts(name: str, module: nn.Module) -> list[Module]:
+    """Fused expert parameters: three dimensions, (experts, out, in), held by the block itself."""
+    return [
+        Module(f"{name}.{parameter}", rows.EXPERTS, tuple(weight.shape))
+        for parameter, weight in module.named_parameters(recurse=False)
+        if weight.ndim == 3 and parameter not in ("weight", "bias")
+    ]

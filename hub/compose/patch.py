@@ -1,0 +1,80 @@
+"""One module of a live model, with its forward swapped and nothing else touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from adapterkit.hub.compose import replacing
+from adapterkit.hub.compose.plan import Plan, Replacement, Sums, Weighted, fold, split
+from adapterkit.hub.quant import format_of
+
+
+class Patch:
+    """Swaps `module.forward` for one that adds what is active; `remove` puts it back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.original = module.forward
+        self.plan: Plan | None = None
+        self._had_own = "forward" in vars(module)  # accelerate's wrapper, for one
+        # the classes of quantized layers hold no dense weight: theirs is multiplied directly
+        self._twin = None if replacing.is_quantized(module) else replacing.shadow(module)
+        setattr(module, "forward", self.forward)  # noqa: B010 (a method cannot be assigned to)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        plan = self.plan
+        if plan is None:
+            return self.original(*args, **kwargs)
+        return plan.run(self.module, self.original, args, kwargs)
+
+    def remove(self) -> None:
+        if self._had_own:
+            setattr(self.module, "forward", self.original)  # noqa: B010
+        else:
+            del self.module.forward
+
+    def activate(self, updates: Sequence[Weighted], *, sequential: bool) -> None:
+        """Folds the updates of all active adapters; an empty sequence is the base again."""
+        if not updates:
+            self.plan = None
+            return
+        summed, replacements = split(updates)
+        by_name: dict[str, list[Replacement]] = {}
+        for weight, new in replacements:
+            by_name.setdefault(new.name, []).append((weight, new))
+        self.plan = self._plan(fold(summed, sequential=sequential), by_name)
+
+    def _plan(self, sums: Sums, replaced: dict[str, list[Replacement]]) -> Plan:
+        plan = Plan(sums)
+        whole: dict[str, Tensor] = {}
+        for name, replacements in replaced.items():
+            if name == "bias" and isinstance(self.module, nn.Linear | Conv1D):
+                shift = replacing.bias_shift(self.module, replacements)
+                total = shift if sums.d is None else sums.d + shift
+                plan = replace(plan, sums=replace(sums, d=total))
+            elif all(new.rows is not None for _, new in replacements):
+                plan = replace(plan, rows=replacing.rows(self.module, replacements))
+            elif self._twin is None:
+                weight = format_of(self.module).read_weight(self.module)
+                plan = replace(plan, dense=replacing.whole(weight, replacements))
+            else:
+                whole[name] = replacing.whole(self._parameter(name), replacements)
+        return replace(plan, shadow=self._with_parameters(whole))
+
+    def _parameter(self, name: str) -> Tensor:
+        parameter: Tensor = getattr(self.module, name)
+        return parameter.detach()
+
+    def _with_parameters(self, parameters: dict[str, Tensor]) -> Callable[..., Any] | None:
+        """The forward of the module with these parameters instead of its own."""
+        if not parameters or self._twin is None:
+            return None
+        twin = replacing.shadow(self._twin)
+        for name, value in parameters.items():
+            setattr(twin, name, nn.Parameter(value, requires_grad=False))
+        return twin.forward

@@ -1,0 +1,188 @@
+"""What is active on one module, folded once at activation; a forward has no loop over adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from adapterkit.hub.primitives import BiasShift, LowRank, Primitive, Replace, RowScale
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """One primitive of one adapter, with the weight the adapter is active at."""
+
+    weight: float
+    primitive: Primitive
+
+
+@dataclass(frozen=True)
+class Sums:
+    """The additive updates of a module: y = y0 + g (y0 - b) + expand(project(x, A) gate, B) + d.
+
+    A (R, in), gate (R), B (out, R), g (out), d (out); None where there is nothing.
+    """
+
+    A: Tensor | None = None
+    gate: Tensor | None = None
+    B: Tensor | None = None
+    g: Tensor | None = None
+    d: Tensor | None = None
+
+
+def fold(updates: Sequence[Weighted], *, sequential: bool = False) -> Sums:
+    """The sum of all updates but Replace.
+
+    sequential: PEFT's dialect, in which a row scale also multiplies what came before it
+    (peft 0.21 `tuners/lora/variants.py`, DoraLinearVariant.forward).
+    """
+    factors: list[tuple[float, LowRank, Tensor | None]] = []
+    shift: Tensor | None = None
+    g: Tensor | None = None
+    for weight, primitive in ((update.weight, update.primitive) for update in updates):
+        if isinstance(primitive, LowRank):
+            factors.append((weight, primitive, None))
+        elif isinstance(primitive, BiasShift):
+            shift = _add(shift, weight * primitive.d)
+        elif isinstance(primitive, RowScale):
+            scaled = weight * primitive.g
+            if sequential:
+                factors, shift = _rescale(factors, 1 + scaled, shift)
+                scaled = scaled if g is None else scaled * (1 + g)
+            g = _add(g, scaled)
+    return Sums(*_stack(factors), g, shift)
+
+
+def _add(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
+
+
+def _rescale(
+    factors: list[tuple[float, LowRank, Tensor | None]], by: Tensor, shift: Tensor | None
+) -> tuple[list[tuple[float, LowRank, Tensor | None]], Tensor | None]:
+    """What earlier adapters added, scaled by rows. The adapter's own factors come just before its
+    row scale and carry their scale already, so they are left as they are."""
+    earlier = [
+        (weight, low, by if extra is None else extra * by) for weight, low, extra in factors[:-1]
+    ]
+    return earlier + factors[-1:], None if shift is None else shift * by
+
+
+def _stack(
+    factors: list[tuple[float, LowRank, Tensor | None]],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(A, gate, B) of all factors side by side; one adapter alone is used where it lies."""
+    if not factors:
+        return None, None, None
+    bs = [_scaled_rows(low, extra) for _, low, extra in factors]
+    gates = [low.A.new_full((low.A.shape[0],), weight * low.scale) for weight, low, _ in factors]
+    if len(factors) == 1:
+        return factors[0][1].A, gates[0], bs[0]
+    return torch.cat([low.A for _, low, _ in factors]), torch.cat(gates), torch.cat(bs, dim=1)
+
+
+def _scaled_rows(low: LowRank, extra: Tensor | None) -> Tensor:
+    b = low.B if low.out_scale is None else low.B * low.out_scale[:, None].to(low.B.dtype)
+    return b if extra is None else b * extra[:, None].to(b.dtype)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a table that are replaced: index (n) sorted, values (n, width)."""
+
+    index: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything active on one module.
+
+    shadow: the forward of a copy of the module that has other parameters for those replaced whole;
+    dense: a replaced weight (out, in) of a quantized linear, whose class cannot hold it.
+    """
+
+    sums: Sums
+    rows: Rows | None = None
+    shadow: Callable[..., Any] | None = None
+    dense: Tensor | None = None
+
+    def run(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The module's output with everything applied. The base's product is computed once, and a
+        second time only where a row scale and a whole new weight meet."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.shadow is not None:
+            y = self.shadow(*args, **kwargs)
+        elif self.dense is not None:
+            bias = None if module.bias is None else module.bias.to(x.dtype)
+            y = functional.linear(x, self.dense.to(x.dtype), bias)
+        else:
+            y = original(*args, **kwargs)
+        replaced = self.shadow is not None or self.dense is not None
+        base = original(*args, **kwargs) if replaced and self.sums.g is not None else y
+        if self.rows is not None:
+            y = _with_rows(module, self.rows, x, y)
+        return _with_sums(module, self.sums, x, y, base)
+
+
+def _with_sums(module: nn.Module, sums: Sums, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+    dtype = y.dtype
+    if sums.g is not None:
+        bias = getattr(module, "bias", None)
+        product = base if bias is None else base - bias.to(base.dtype)
+        y = y + product * sums.g.to(y.device)
+    if sums.A is not None and sums.B is not None:
+        y = y + low_rank(module, x, sums.A, sums.gate, sums.B)
+    if sums.d is not None:
+        y = y + sums.d
+    return y.to(dtype)
+
+
+def low_rank(module: nn.Module, x: Tensor, a: Tensor, gate: Tensor | None, b: Tensor) -> Tensor:
+    """expand(project(x, A) gate, B), (..., out). x (..., in); token ids (...) for an embedding."""
+    if isinstance(module, nn.Embedding):
+        z = functional.embedding(x, a.mT)
+    else:
+        z = functional.linear(x.to(a.dtype), a)
+    y = functional.linear(z if gate is None else z * gate, b)
+    return y * scale.to(y.dtype) if (scale := embed_scale(module)) is not None else y
+
+
+def embed_scale(module: nn.Module) -> Tensor | None:
+    """The factor some families multiply embeddings with (Gemma), or None."""
+    scale = getattr(module, "embed_scale", None) if isinstance(module, nn.Embedding) else None
+    return torch.as_tensor(scale) if scale is not None else None
+
+
+def _with_rows(module: nn.Module, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
+    if not isinstance(module, nn.Embedding):  # a head tied to the table: these are its outputs
+        bias = getattr(module, "bias", None)
+        part = None if bias is None else bias[rows.index].to(x.dtype)
+        new = functional.linear(x, rows.values.to(x.dtype), part)
+        return y.index_copy(-1, rows.index, new.to(y.dtype))
+    place = torch.searchsorted(rows.index, x).clamp(max=len(rows.index) - 1)
+    hit = rows.index[place] == x
+    values = rows.values.to(y.dtype)
+    if (scale := embed_scale(module)) is not None:
+        values = values * scale.to(y.dtype)
+    return torch.where(hit[..., None], values[place], y)
+
+
+Replacement = tuple[float, Replace]
+
+
+def split(updates: Sequence[Weighted]) -> tuple[list[Weighted], list[Replacement]]:
+    """(updates that are summed, weights and updates that replace)."""
+    summed: list[Weighted] = []
+    replaced: list[Replacement] = []
+    for update in updates:
+        if isinstance(update.primitive, Replace):
+            replaced.append((update.weight, update.primitive))
+        else:
+            summed.append(update)
+    return summed, replaced

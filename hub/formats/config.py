@@ -1,0 +1,128 @@
+"""Typed reading of a config somebody else wrote: every fault is collected, then raised at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from adapterkit.hub.findings import clean
+from adapterkit.registry.errors import DamagedError
+
+
+class ConfigReader:
+    """Takes fields from a JSON object; a missing or null field is its default."""
+
+    def __init__(self, config: Mapping[str, Any], name: str) -> None:
+        self.config, self.name = config, name
+        self.faults: list[str] = []
+
+    def done(self) -> None:
+        """Raises DamagedError with every fault so far."""
+        if self.faults:
+            raise DamagedError(f"{clean(self.name)}: {'; '.join(self.faults)}")
+
+    def fault(self, field: str, expected: str) -> None:
+        found = clean(repr(self.config.get(field)), 80)
+        self.faults.append(f"{field} is {found}, expected {expected}")
+
+    def count(self, field: str, default: int, limit: int) -> int:
+        """A positive integer up to `limit`; null is a fault."""
+        value = self.config.get(field, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            self.fault(field, f"an integer from 1 to {limit}")
+            return default
+        return value
+
+    def number(self, field: str, default: float) -> float:
+        """A finite number; null is a fault."""
+        value = self.config.get(field, default)
+        if not is_number(value):
+            self.fault(field, "a finite number")
+            return default
+        return float(value)
+
+    def flag(self, field: str) -> bool:
+        value = self.config.get(field)
+        if value is not None and not isinstance(value, bool):
+            self.fault(field, "true or false")
+        return value is True
+
+    def text(self, field: str, limit: int = 4096) -> str | None:
+        value = self.config.get(field)
+        if value is not None and (not isinstance(value, str) or len(value) > limit):
+            self.fault(field, "a string")
+            return None
+        return value
+
+    def choice(self, field: str, default: str, choices: tuple[str, ...]) -> str:
+        value = self.config.get(field)
+        if value is None:
+            return default
+        if value not in choices:
+            self.fault(field, f"one of {', '.join(choices)}")
+            return default
+        return str(value)
+
+    def names(self, field: str) -> tuple[str, ...]:
+        """A list of non-empty strings, or one string."""
+        value = self.config.get(field)
+        if value is None:
+            return ()
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+            self.fault(field, "a list of names")
+            return ()
+        return tuple(names)
+
+    def names_or_pattern(self, field: str) -> tuple[str, ...] | str | None:
+        """A list of names stays one; a string is a regular expression."""
+        value = self.config.get(field)
+        if value is None or (isinstance(value, str) and value):
+            return value
+        if not isinstance(value, list):
+            self.fault(field, "a list of names or a regular expression")
+            return None
+        return self.names(field)
+
+    def integers(self, field: str) -> tuple[int, ...] | None:
+        """Non-negative integers: a list, or one."""
+        value = self.config.get(field)
+        if value is None:
+            return None
+        values = [value] if not isinstance(value, list) else value
+        if not all(is_index(item) for item in values):
+            self.fault(field, "non-negative integers")
+            return None
+        return tuple(values)
+
+    def numbers_by_pattern(self, field: str, *, integer: bool) -> dict[str, Any]:
+        """pattern -> positive integer (a rank), or finite number (an alpha)."""
+        value = self.config.get(field)
+        if value is None:
+            return {}
+        right = isinstance(value, dict) and all(
+            (is_index(item) and item > 0) if integer else is_number(item) for item in value.values()
+        )
+        if not right:
+            kind = "positive integers" if integer else "numbers"
+            self.fault(field, f"an object of pattern to {kind}")
+            return {}
+        return dict(value)
+
+
+def is_number(value: object) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(float(value))
+    )
+
+
+def is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def is_blank(value: object) -> bool:
+    """Null, false or empty: a field that asks for nothing."""
+    return value is None or value is False or (isinstance(value, str | list | dict) and not value)

@@ -1,0 +1,110 @@
+"""The PEFT folder: `adapter_config.json` beside `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.fields import LoraFields, TokensFields
+from adapterkit.hub.findings import WARNING, Finding, clean
+from adapterkit.hub.formats import peft_config as config_rules
+from adapterkit.hub.formats.config import ConfigReader
+from adapterkit.hub.formats.peft_keys import read_keys
+from adapterkit.hub.headers import Header, Stored, read_header
+from adapterkit.hub.matching import Targets
+from adapterkit.hub.sources import Folder
+from adapterkit.registry.errors import DamagedError, NotFoundError
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+
+
+def claims(config: Mapping[str, Any]) -> bool:
+    """Whether a parsed `adapter_config.json` is one of PEFT's."""
+    return "peft_type" in config
+
+
+def read(folder: Folder, config: Mapping[str, Any], allow_fields: Collection[str]) -> Adapter:
+    """The adapter in canonical form. Raises DamagedError if a file or a field is malformed and
+    NotFoundError if it is of a type this program does not have."""
+    kind = _kind(config, folder.name)
+    header, findings = _weights(folder)
+    reader = ConfigReader(config, f"{folder.name}/{CONFIG}")
+    targets = config_rules.targets(reader)
+    base, revision = reader.text("base_model_name_or_path"), reader.text("revision")
+    task, writer = reader.text("task_type"), reader.text("peft_version")
+    fields, places, keys = _canonical(reader, kind, header, targets)
+    names, unknown = config_rules.unknown(config, kind, allow_fields)
+    findings += config_rules.refusals(config) + unknown + keys.findings
+    return Adapter(
+        name=folder.name,
+        kind=kind,
+        format="peft",
+        fields=fields,
+        targets=targets,
+        tensors=places,
+        config=config,
+        unconsumed=tuple(keys.strays),
+        unknown_fields=tuple(names),
+        base_name=base,
+        revision=revision,
+        task=task,
+        writer=writer,
+        findings=tuple(findings),
+    )
+
+
+def _canonical(
+    reader: ConfigReader, kind: str, header: Header, targets: Targets
+) -> tuple[LoraFields | TokensFields, dict[tuple[str, str], Stored], Any]:
+    """Fields, placed tensors and key findings; patterns are resolved for the modules found."""
+    if kind == "trainable_tokens":
+        tokens = config_rules.tokens_fields(reader)
+        keys = read_keys(header.tensors, tokens.replaced, targets)
+        return tokens, _placed(header, keys.places), keys
+    plain = config_rules.lora_fields(reader, ())
+    keys = read_keys(header.tensors, plain.replaced, targets)
+    modules = {module for module, _ in keys.places.values()}
+    return config_rules.lora_fields(reader, sorted(modules)), _placed(header, keys.places), keys
+
+
+def _placed(header: Header, places: Mapping[str, tuple[str, str]]) -> dict[tuple[str, str], Stored]:
+    return {place: header.tensors[key] for key, place in places.items()}
+
+
+def _kind(config: Mapping[str, Any], name: str) -> str:
+    value = config.get("peft_type")
+    if isinstance(value, str) and value in config_rules.KINDS:
+        return config_rules.KINDS[value]
+    shown = clean(str(value), 60)
+    if isinstance(value, str) and value.upper() in config_rules.KINDS:
+        raise DamagedError(
+            f"{clean(name)}/{CONFIG}: peft_type is {shown}, expected {value.upper()}"
+        )
+    if value in config_rules.OTHER_TYPES:
+        raise NotFoundError(
+            f"{clean(name)}: adapters of type {shown} are known, but not applied by this version",
+            hint=f"this version reads {' and '.join(config_rules.KINDS)}",
+        )
+    raise NotFoundError(f"{clean(name)}/{CONFIG}: peft_type {shown} is not a known adapter type")
+
+
+def _weights(folder: Folder) -> tuple[Header, list[Finding]]:
+    if WEIGHTS not in folder.files:
+        if PICKLE in folder.files:
+            raise DamagedError(
+                f"{clean(folder.name)}/{PICKLE} is a pickle: opening it is unsafe, it may run code",
+                hint="load it where it was made and save it with safe_serialization=True",
+            )
+        raise NotFoundError(f"{clean(folder.name)} has no weights: {WEIGHTS} is missing")
+    findings = []
+    if PICKLE in folder.files:
+        findings.append(
+            Finding(
+                WARNING, "two-weight-files", PICKLE, f"only {WEIGHTS}", "both; safetensors is read"
+            )
+        )
+    header = read_header(folder.files[WEIGHTS])
+    if not header.tensors:
+        raise DamagedError(f"{clean(folder.name)}/{WEIGHTS} is empty: it holds no tensor")
+    return header, findings

@@ -1,0 +1,210 @@
+"""A folder becomes a version: what is read, checked, recorded, stored, and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.hub.adapter import Adapter, AdapterInfo
+from adapterkit.hub.bases.base import Base, Quantization
+from adapterkit.hub.describe import summarize
+from adapterkit.hub.findings import ERROR, WARNING, Finding, clean, listing
+from adapterkit.hub.fit import fit
+from adapterkit.hub.locate import locate
+from adapterkit.hub.read import read_adapter
+from adapterkit.hub.sources import Folder
+from adapterkit.hub.task import doubt, for_task
+from adapterkit.hub.values import check_values
+from adapterkit.registry.errors import DamagedError, InvalidError, MismatchError
+from adapterkit.registry.manifest import Meaning
+from adapterkit.registry.strictjson import canonical
+
+if TYPE_CHECKING:
+    from adapterkit.registry import Registry
+    from adapterkit.registry.records import Added
+
+Progress = Callable[[int], None]
+
+# pattern of the path -> role; everything else is skipped unless asked for
+KEPT = {
+    "adapter_config.json": "config",
+    "adapter_model.safetensors": "weights",
+    "tokenizer.json": "tokenizer",
+    "tokenizer.model": "tokenizer",
+    "tokenizer_config.json": "tokenizer",
+    "special_tokens_map.json": "tokenizer",
+    "added_tokens.json": "tokenizer",
+    "vocab.json": "tokenizer",
+    "vocab.txt": "tokenizer",
+    "merges.txt": "tokenizer",
+    "spiece.model": "tokenizer",
+    "sentencepiece.bpe.model": "tokenizer",
+    "chat_template.jinja": "chat-template",
+    "chat_template.json": "chat-template",
+    "README.md": "card",
+    "LICENSE*": "license",
+    "LICENCE*": "license",
+    "NOTICE*": "license",
+}
+METHODS = ("none", "nf4", "fp4", "int8")
+
+
+@dataclass(frozen=True)
+class Ingested:
+    """skipped: (path, bytes) of what was not stored; a folder is one entry ending in a slash."""
+
+    added: Added
+    info: AdapterInfo
+    skipped: tuple[tuple[str, int], ...]
+    warnings: tuple[Finding, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    """base: a model folder or Hub id whose identity is recorded. trained_on: how the base was
+    quantized in training. weights: record the digests of the base's weights too, which reads them.
+    include: patterns of further files to store. allow_fields: unknown config fields to accept."""
+
+    base: str | Path | None = None
+    trained_on: str | None = None
+    weights: bool = False
+    include: Collection[str] = ()
+    allow_fields: Collection[str] = ()
+    progress: Progress | None = None
+
+
+def add(  # noqa: PLR0913
+    registry: Registry,
+    path: str | Path,
+    name: str,
+    *,
+    version: str | None = None,
+    tags: Sequence[str] = (),
+    metrics: Mapping[str, float] | None = None,
+    note: str | None = None,
+    options: Options | None = None,
+    **settings: Any,
+) -> Ingested:
+    """Stores the adapter in folder `path` as a version of `name`. settings: fields of Options.
+
+    Raises DamagedError or NotFoundError if the folder is not a complete, finite adapter, and
+    MismatchError if it does not fit the base given; then nothing is stored.
+    """
+    chosen = options or Options(**settings)
+    folder = locate(Path(path))
+    adapter = read_adapter(folder, chosen.allow_fields)
+    findings = [*adapter.findings, *check_values(adapter)]
+    _refuse(adapter, findings)
+    base = _base(chosen.base)
+    if base is not None:
+        findings += doubt(adapter, base)
+        base = for_task(base, adapter)
+        findings = _fitting(adapter, base, findings)
+    info = summarize(adapter, digest=True)
+    kept, skipped = _sorted_out(folder, chosen.include)
+    meaning = _meaning(adapter, info, base, chosen)
+    added = registry.add(
+        name,
+        {path: _path(folder, path) for path in kept},
+        meaning,
+        version=version,
+        tags=tags,
+        attachments=_attachments(metrics, note),
+        roles=kept,
+    )
+    doubts = tuple(finding for finding in findings if finding.severity == WARNING)
+    return Ingested(added, info, skipped, doubts)
+
+
+def _refuse(adapter: Adapter, findings: list[Finding]) -> None:
+    adapter.require_sound()
+    errors = [finding for finding in findings if finding.severity == ERROR]
+    if errors:
+        raise DamagedError(f"{clean(adapter.name)} is damaged:\n{listing(errors)}")
+
+
+def _fitting(adapter: Adapter, base: Base, findings: list[Finding]) -> list[Finding]:
+    found = fit(adapter, base)
+    if any(finding.severity == ERROR for finding in found):
+        raise MismatchError(
+            f"{clean(adapter.name)} does not fit {clean(base.name)}:\n{listing(found)}"
+        )
+    return list(dict.fromkeys([*findings, *found]))
+
+
+def _base(base: str | Path | None) -> Base | None:
+    if base is None:
+        return None
+    from adapterkit.hub.bases.folder import find_base, read_base
+
+    return read_base(base if isinstance(base, Path) else find_base(base))
+
+
+def _meaning(adapter: Adapter, info: AdapterInfo, base: Base | None, chosen: Options) -> Meaning:
+    record: dict[str, Any] = {"id": adapter.base_name, "revision": adapter.revision}
+    extra: list[bytes] = []
+    trained = _trained_on(base, chosen.trained_on)
+    if base is not None:
+        from adapterkit.hub.bases.fingerprint import fingerprint
+
+        names = touched(adapter, base)
+        found = fingerprint(base, weights=chosen.weights, touched=names, progress=chosen.progress)
+        record |= found.record()
+        extra += [found.sketch_data] if found.sketch_data else []
+    return Meaning(info.record(), record, trained, extra=extra)
+
+
+def touched(adapter: Adapter, base: Base) -> list[str]:
+    """Checkpoint tensors of the base that the adapter changes, sorted."""
+    from adapterkit.hub.bases.fingerprint import tensors_of
+
+    return tensors_of(base, {module for module, _ in adapter.tensors} & base.modules.keys())
+
+
+def _trained_on(base: Base | None, method: str | None) -> dict[str, Any] | None:
+    if method is not None and method not in METHODS:
+        raise InvalidError(f"trained_on is {method!r}, expected one of {', '.join(METHODS)}")
+    if method is not None:
+        known = base is not None and base.quantization.method == method
+        quantization = base.quantization if known and base else Quantization(method)
+        return {"trained_on": quantization.record()}
+    if base is not None and base.quantization.method != "none":
+        return {"trained_on": base.quantization.record()}
+    return None
+
+
+def _sorted_out(
+    folder: Folder, include: Collection[str]
+) -> tuple[dict[str, str], tuple[tuple[str, int], ...]]:
+    """(path -> role of what is stored, what is skipped)."""
+    kept: dict[str, str] = {}
+    skipped: dict[str, int] = {}
+    for path, source in folder.files.items():
+        top_level = "/" not in path
+        role = next((r for p, r in KEPT.items() if top_level and fnmatch(path, p)), None)
+        if role is None and any(fnmatch(path, pattern) for pattern in include):
+            role = "extra"
+        if role is not None:
+            kept[path] = role
+        else:
+            top, slash, _ = path.partition("/")
+            skipped[top + slash] = skipped.get(top + slash, 0) + source.size
+    return kept, tuple(sorted(skipped.items()))
+
+
+def _path(folder: Folder, path: str) -> Path:
+    if folder.root is None:
+        raise InvalidError(f"{folder.name} is not a folder of this machine")
+    return folder.root / path
+
+
+def _attachments(metrics: Mapping[str, float] | None, note: str | None) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    if metrics:
+        found["metrics"] = canonical(dict(metrics))
+    if note:
+        found["note"] = note.encode()
+    return found

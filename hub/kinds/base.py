@@ -1,0 +1,78 @@
+"""What a kind of adapter is: its schema, and its lowering to primitives. No file key here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.bases.base import Module
+from adapterkit.hub.findings import Finding
+from adapterkit.hub.primitives import Primitive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Expected:
+    """A tensor the config implies. required: its absence is an error."""
+
+    shape: tuple[int, ...]
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Schema:
+    """All tensors an adapter of this config may hold on a base, and what stands in the way."""
+
+    tensors: dict[tuple[str, str], Expected]
+    findings: tuple[Finding, ...] = ()
+
+
+class Site(Protocol):
+    """The module a kind is lowered for, on a live model or in a checkpoint."""
+
+    @property
+    def module(self) -> Module: ...
+
+    @property
+    def tied(self) -> tuple[str, ...]:
+        """Modules that share this one's weight."""
+        ...
+
+    def weight(self) -> Tensor:
+        """The base's weight, dequantized, float32, (out, in)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a listing shows. variant: in the field's words; ranks: one for each module."""
+
+    variant: str
+    ranks: tuple[int, ...] = ()
+    alphas: tuple[float, ...] = ()
+
+
+Lowered = Iterator[tuple[str, Primitive]]
+
+
+class Kind(Protocol):
+    def summary(self, adapter: Adapter) -> Summary: ...
+
+    def problems(self, adapter: Adapter) -> list[Finding]:
+        """What is wrong with the adapter in itself: shapes and roles, no base needed."""
+        ...
+
+    def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
+        """The tensors this adapter should hold on a base with these modules."""
+        ...
+
+    def lower(self, fields: Any, site: Site, p: Mapping[str, Tensor]) -> Lowered:
+        """Primitives for one module of the file, each with the module it acts on.
+
+        p: the adapter's tensors of this module by role, float32.
+        """
+        ...

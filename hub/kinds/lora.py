@@ -1,0 +1,198 @@
+"""LoRA, W' = W + s B A.  Hu et al. 2021, arXiv:2106.09685; rsLoRA arXiv:2312.03732.
+
+DoRA, W' = diag(m / |W + s B A|_row) (W + s B A).  Liu et al. 2024, arXiv:2402.09353.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.bases.base import CONV1D, EMBEDDING, LINEAR, Module
+from adapterkit.hub.fields import LoraFields
+from adapterkit.hub.findings import ERROR, UNSUPPORTED, WARNING, Finding, clean
+from adapterkit.hub.headers import FLOATS, Stored
+from adapterkit.hub.kinds import replaced
+from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
+from adapterkit.hub.primitives import BiasShift, LowRank, RowScale
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# (role of A, role of B) by module type
+FACTORS = {
+    LINEAR: ("A", "B"),
+    CONV1D: ("A", "B"),
+    EMBEDDING: ("embedding_A", "embedding_B"),
+}
+PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))
+# Rows of W whose norm is taken at a time: bounds the float32 copy to a few MB.
+ROWS = 1024
+
+
+class Lora:
+    def summary(self, adapter: Adapter) -> Summary:
+        fields: LoraFields = adapter.fields
+        names = [name for name, held in adapter.modules.items() if any(a in held for a, _ in PAIRS)]
+        words = {"rsLoRA": fields.rslora, "DoRA": fields.dora}
+        variant = "+".join(word for word, is_one in words.items() if is_one) or "LoRA"
+        alphas = {fields.alphas.get(name, fields.alpha) for name in names}
+        return Summary(variant, tuple(map(fields.rank_of, names)), tuple(sorted(alphas)))
+
+    def problems(self, adapter: Adapter) -> list[Finding]:
+        found = []
+        pairs = 0
+        for module, tensors in adapter.modules.items():
+            found += [f for role, t in tensors.items() for f in form_faults(role, t)]
+            for pair in PAIRS:
+                held = [role for role in pair if role in tensors]
+                pairs += bool(held)
+                if held:
+                    found += _pair(adapter.fields, module, tensors, pair)
+        fields = adapter.fields
+        if not pairs:
+            found.append(Finding(ERROR, "no-factors", "the weights", "lora factors", "none"))
+        elif not adapter.targets.modules:
+            shown = repr(adapter.config.get("target_modules"))
+            found.append(
+                Finding(ERROR, "no-targets", "target_modules", "names or a pattern", shown)
+            )
+        return found + _untrained_bias(adapter, fields)
+
+    def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
+        fields: LoraFields = adapter.fields
+        tensors: dict[tuple[str, str], Expected] = {}
+        findings = []
+        selected = adapter.targets.select(modules)
+        for name in selected:
+            if modules[name].type not in FACTORS:
+                about = f"a {modules[name].type} module"
+                expected = f"one of {', '.join(FACTORS)}"
+                findings.append(Finding(ERROR, UNSUPPORTED, name, expected, about))
+            else:
+                tensors |= _factors(fields, modules[name])
+        findings += _unmatched(adapter, modules, selected)
+        rest = replaced.schema(adapter, fields.replaced, modules, selected)
+        return Schema(rest.tensors | tensors, (*findings, *rest.findings))
+
+    def lower(self, fields: LoraFields, site: Site, p: Mapping[str, Tensor]) -> Lowered:
+        yield from replaced.lower(fields.replaced, site, p)
+        a, b = next(((p[a], p[b]) for a, b in PAIRS if a in p), (None, None))
+        if a is None or b is None:
+            return
+        name, scale = site.module.name, fields.scaling(site.module.name)
+        if "magnitude" in p:
+            f = p["magnitude"].flatten() / row_norms(site.weight(), b, a, scale)
+            yield name, LowRank(b, a, scale, out_scale=f)
+            yield name, RowScale(f - 1)
+        else:
+            yield name, LowRank(b, a, scale)
+        if "B_bias" in p:
+            yield name, BiasShift(scale * p["B_bias"])
+        if fields.replaced.tie and site.module.type == EMBEDDING:
+            yield from ((other, LowRank(a.mT, b.mT, scale)) for other in site.tied)
+
+
+def row_norms(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """|W + scale B A| of each row, (out).  w (out, in), b (out, r), a (r, in)."""
+    norms = w.new_empty(w.shape[0])
+    for start in range(0, w.shape[0], ROWS):
+        rows = slice(start, start + ROWS)
+        norms[rows] = (w[rows] + scale * (b[rows].to(w.dtype) @ a.to(w.dtype))).norm(dim=1)
+    return norms
+
+
+def _factors(fields: LoraFields, module: Module) -> dict[tuple[str, str], Expected]:
+    a, b = FACTORS[module.type]
+    rank = fields.rank_of(module.name)
+    shapes: dict[str, tuple[int, ...]] = {a: (rank, module.n_in), b: (module.n_out, rank)}
+    shapes |= {"magnitude": (module.n_out,)} if fields.dora else {}
+    shapes |= {"B_bias": (module.n_out,)} if fields.lora_bias and module.type != EMBEDDING else {}
+    return {(module.name, role): Expected(shape) for role, shape in shapes.items()}
+
+
+def form_faults(role: str, stored: Stored) -> list[Finding]:
+    """Faults of one tensor in itself."""
+    if stored.dtype not in FLOATS:
+        return [
+            Finding(
+                ERROR, "wrong-dtype", stored.key, "a floating-point dtype", f"dtype {stored.dtype}"
+            )
+        ]
+    if 0 in stored.shape:
+        found = f"empty shape {list(stored.shape)} with a zero size"
+        return [Finding(ERROR, "empty-tensor", stored.key, "values", found)]
+    n_dims = 2 if role in ("A", "B", "embedding_A", "embedding_B", "tokens") else None
+    if n_dims and len(stored.shape) != n_dims:
+        shape = f"shape {list(stored.shape)}"
+        return [Finding(ERROR, "shape-mismatch", stored.key, f"{n_dims} dimensions", shape)]
+    return []
+
+
+def _pair(
+    fields: LoraFields, module: str, tensors: Mapping[str, Stored], pair: tuple[str, str]
+) -> list[Finding]:
+    """Faults between the tensors of one module: a missing half, ranks that differ."""
+    rank = fields.rank_of(module)
+    found = [
+        Finding(ERROR, "missing-tensor", module, f"a tensor {role}", "none: its pair is incomplete")
+        for role in pair
+        if role not in tensors
+    ]
+    wanted = {"magnitude": fields.dora, "B_bias": fields.lora_bias and pair == PAIRS[0]}
+    options = {"magnitude": "use_dora", "B_bias": "lora_bias"}
+    for role, want in wanted.items():
+        if want and role not in tensors:
+            found.append(
+                Finding(
+                    ERROR,
+                    "missing-tensor",
+                    module,
+                    f"a tensor {role}",
+                    f"none, though {options[role]} is true",
+                )
+            )
+        if role in tensors and not want:
+            said = f"a tensor {role}, though {options[role]} is false"
+            found.append(Finding(ERROR, "unexpected-tensor", tensors[role].key, f"no {role}", said))
+    for role, axis in zip(pair, (0, 1), strict=True):
+        if role in tensors and len(tensors[role].shape) == 2:
+            size = tensors[role].shape[axis]
+            if size != rank and 0 not in tensors[role].shape:
+                shape = f"rank {size} in shape {list(tensors[role].shape)}"
+                found.append(
+                    Finding(ERROR, "rank-mismatch", tensors[role].key, f"r = {rank}", shape)
+                )
+    return found
+
+
+def _unmatched(
+    adapter: Adapter, modules: Mapping[str, Module], selected: list[str]
+) -> list[Finding]:
+    """Targets that mean nothing on this base. One of several names is a doubt, as lists are often
+    shared between model families; a tensor that belongs to it would be an error of its own."""
+    if not selected and adapter.targets.modules:
+        shown = f"no match for {clean(str(adapter.targets.modules))}"
+        return [Finding(ERROR, "target-absent", "target_modules", "modules of the base", shown)]
+    return [
+        Finding(
+            WARNING,
+            "target-absent",
+            "target_modules",
+            "modules of the base",
+            f"no match for {entry}",
+        )
+        for entry in adapter.targets.unmatched(modules)
+    ]
+
+
+def _untrained_bias(adapter: Adapter, fields: LoraFields) -> list[Finding]:
+    """PEFT up to 0.20 lost the biases of bias="lora_only" when saving."""
+    held = any(role == "replace.bias" for _, role in adapter.tensors)
+    if fields.replaced.bias != "lora_only" or held:
+        return []
+    hint = "PEFT up to 0.20 lost them at saving; if none were trained, set bias to none"
+    return [
+        Finding(ERROR, "missing-tensor", "bias", "the biases bias=lora_only trains", "none", hint)
+    ]

@@ -1,0 +1,145 @@
+"""Parts of the base that any kind may replace: whole modules, biases, rows of the token table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.bases.base import CONV1D, EMBEDDING, LINEAR, Module
+from adapterkit.hub.fields import ReplacedFields
+from adapterkit.hub.findings import ERROR, WARNING, Finding
+from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site
+from adapterkit.hub.primitives import Replace
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# PEFT adds these to `modules_to_save` of every classification adapter, whatever the head is called.
+HEADS = ("classifier", "score")
+
+
+def schema(
+    adapter: Adapter,
+    fields: ReplacedFields,
+    modules: Mapping[str, Module],
+    selected: Iterable[str],
+) -> Schema:
+    """Tensors that replace parts of a base with these modules; `selected` are the targeted ones."""
+    tensors: dict[tuple[str, str], Expected] = {}
+    for name, module in modules.items():
+        if adapter.targets.is_saved(name):
+            tensors |= _whole(module)
+        elif fields.bias == "all":
+            tensors |= _bias(module) | _named_bias(module)
+    if fields.bias == "lora_only":
+        for name in selected:
+            tensors |= _bias(modules[name])
+    tensors |= _tables(adapter, modules)
+    rows, findings = _rows(adapter, fields, modules)
+    return Schema(tensors | rows, tuple(findings + _absent(adapter, modules)))
+
+
+def stored_shape(module: Module) -> tuple[int, ...]:
+    """The weight as torch keeps it: transformers' Conv1D is transposed."""
+    return module.shape[::-1] if module.type == CONV1D else module.shape
+
+
+def _whole(module: Module) -> dict[tuple[str, str], Expected]:
+    weight = {(module.name, "replace.weight"): Expected(stored_shape(module))}
+    copies = {
+        (module.name, f"wrapper.{place}.{parameter}"): Expected(shape, required=False)
+        for place in ("modules_to_save", "original_module")
+        for parameter, shape in (("weight", stored_shape(module)), ("bias", (module.n_out,)))
+    }
+    return weight | copies | _bias(module)
+
+
+def _bias(module: Module) -> dict[tuple[str, str], Expected]:
+    if module.bias is None:
+        return {}
+    return {(module.name, "replace.bias"): Expected((module.n_out,))}
+
+
+def _named_bias(module: Module) -> dict[tuple[str, str], Expected]:
+    """PEFT's bias="all" takes every parameter with "bias" in its name, such as the relative
+    attention bias of T5, which is an embedding."""
+    if "bias" not in module.name:
+        return {}
+    return {(module.name, "replace.weight"): Expected(stored_shape(module), required=False)}
+
+
+def _tables(adapter: Adapter, modules: Mapping[str, Module]) -> dict[tuple[str, str], Expected]:
+    """A copy of a vocabulary table, which PEFT writes for a targeted or resized one."""
+    names = [module for module, role in adapter.tensors if role == "table" and module in modules]
+    kinds = (EMBEDDING, LINEAR)
+    return {
+        (name, "table"): Expected(modules[name].shape, required=False)
+        for name in names
+        if modules[name].type in kinds
+    }
+
+
+def _rows(
+    adapter: Adapter, fields: ReplacedFields, modules: Mapping[str, Module]
+) -> tuple[dict[tuple[str, str], Expected], list[Finding]]:
+    stored = [module for module, role in adapter.tensors if role == "tokens"]
+    tensors: dict[tuple[str, str], Expected] = {}
+    findings = []
+    for entry, rows in fields.tokens.items():
+        names = [name for name in stored if belongs(name, entry)]
+        if not names:
+            where = entry or "the input embedding"
+            findings.append(
+                Finding(ERROR, "missing-tensor", where, f"{len(rows)} trained token rows", "none")
+            )
+        for name in (name for name in names if name in modules):
+            table = modules[name]
+            tensors[name, "tokens"] = Expected((len(rows), table.shape[-1]))
+            if max(rows) >= table.shape[0]:
+                found, room = f"row {max(rows)}", f"rows below {table.shape[0]}"
+                findings.append(Finding(ERROR, "token-out-of-range", name, room, found))
+    return tensors, findings
+
+
+def belongs(name: str, entry: str) -> bool:
+    return not entry or name == entry or name.endswith(f".{entry}")
+
+
+def _absent(adapter: Adapter, modules: Mapping[str, Module]) -> list[Finding]:
+    """Saved modules that neither the base nor the file has."""
+    held = [name for name, _ in adapter.tensors] + list(modules)
+    absent = [
+        entry
+        for entry in adapter.targets.saved
+        if entry not in HEADS
+        and not any(entry in name.split(".") or name.endswith(entry) for name in held)
+    ]
+    return [
+        Finding(
+            WARNING,
+            "saved-module-absent",
+            entry,
+            "a module of the base",
+            "neither base nor file has it",
+        )
+        for entry in absent
+    ]
+
+
+def lower(fields: ReplacedFields, site: Site, p: Mapping[str, Tensor]) -> Lowered:
+    """Replace for each part; trained rows and tables reach every module tied to the table."""
+    name = site.module.name
+    for role in p:
+        if role.startswith("replace."):
+            parameter = role.removeprefix("replace.")
+            yield name, Replace(p[role], parameter)
+            if fields.tie and parameter == "weight":
+                yield from ((other, Replace(p[role])) for other in site.tied)
+        elif role == "table":
+            yield name, Replace(p[role])
+            yield from ((other, Replace(p[role])) for other in site.tied)
+        elif role == "tokens":
+            rows = next(rows for entry, rows in fields.tokens.items() if belongs(name, entry))
+            yield name, Replace(p[role], rows=rows)
+            yield from ((other, Replace(p[role], rows=rows)) for other in site.tied)

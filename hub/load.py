@@ -1,0 +1,250 @@
+"""A base model with its adapters on it, in one call."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
+
+from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.bases.base import Base
+from adapterkit.hub.bases.folder import find_base, read_base, tokenizer_digest
+from adapterkit.hub.check import check
+from adapterkit.hub.compose.attach import attach
+from adapterkit.hub.findings import INCOMPATIBLE, OTHER_WEIGHTS, UNKNOWN, clean, listing
+from adapterkit.hub.locate import Source, locate
+from adapterkit.hub.quant import bnb4, format_of
+from adapterkit.hub.read import read_adapter
+from adapterkit.hub.sources import Folder
+from adapterkit.hub.task import for_task
+from adapterkit.registry.errors import AdapterWarning, DamagedError, InvalidError, MismatchError
+
+if TYPE_CHECKING:
+    from adapterkit.registry import Registry
+
+CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "Model": "AutoModel",
+}
+METHODS = ("none", "int8", "nf4", "fp4")
+HEADS = ("score", "classifier", "out_proj")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One adapter to load: its name, its files, what it is, its weight."""
+
+    name: str
+    folder: Folder
+    adapter: Adapter
+    weight: float
+
+
+def load(  # noqa: PLR0913
+    base: str | Path,
+    adapters: Mapping[str, float] | Sequence[Source] | Source | None = None,
+    *,
+    quantization: str | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    registry: Registry | None = None,
+    resize: bool = False,
+    strict: bool = False,
+    **settings: Any,
+) -> PreTrainedModel:
+    """The base as a transformers model in evaluation mode, adapters attached and active.
+
+    adapters: references or folders -> weights, or a list of them with weight 1;
+    `attached(model)` is their handle. quantization: none, int8, nf4 or fp4. dtype: of the weights
+    that stay dense, and of the products on a 4-bit base. resize: grow the vocabulary to that of
+    the adapter's tables. settings: the other fields of attach's Options.
+    The class follows the adapters' task, the number of labels their head.
+    Raises MismatchError with all findings, before the base is loaded, if one does not belong to it.
+    """
+    if quantization not in (None, *METHODS):
+        raise InvalidError(
+            f"quantization is {quantization!r}, expected one of {', '.join(METHODS)}"
+        )
+    place = base if isinstance(base, Path) else find_base(base)
+    described = read_base(place)
+    found = _find(adapters, registry, settings.get("allow_fields", ()))
+    rows = _vocabulary(found, described) if resize else None
+    if rows is None:
+        _refuse(found, described, quantization, registry, strict)
+    model = _model(place, described, found, quantization, device=device, dtype=dtype)
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    if torch.device(device).type == "cpu":
+        _keep_unpacked(model)
+    _mention_tokenizers(found, described)
+    if found:
+        handle = attach(
+            model,
+            {one.name: one.folder for one in found},
+            registry=registry,
+            strict=strict,
+            **settings,
+        )
+        handle.activate({one.name: one.weight for one in found})
+    return model
+
+
+def _keep_unpacked(model: nn.Module) -> None:
+    """4-bit codes stay as they are: on some CPUs bitsandbytes repacks them at the first forward,
+    which loses their exact values."""
+    for module in model.modules():
+        if format_of(module) is bnb4:
+            bnb4.keep_unpacked(module)
+
+
+def _find(
+    adapters: Mapping[str, float] | Sequence[Source] | Source | None,
+    registry: Registry | None,
+    allow_fields: Any,
+) -> list[Found]:
+    """Every adapter asked for, read."""
+    if adapters is None:
+        return []
+    if isinstance(adapters, str | Path | Folder):
+        adapters = [adapters]
+    pairs: list[tuple[Source, float]]
+    if isinstance(adapters, Mapping):
+        pairs = [(source, float(weight)) for source, weight in adapters.items()]
+    else:
+        pairs = [(source, 1.0) for source in adapters]
+    found = []
+    for source, weight in pairs:
+        folder = locate(source, registry)
+        name = source.name if isinstance(source, Folder) else str(source)
+        found.append(Found(name, folder, read_adapter(folder, allow_fields), weight))
+    return found
+
+
+def _refuse(
+    found: list[Found],
+    base: Base,
+    quantization: str | None,
+    registry: Registry | None,
+    strict: bool,
+) -> None:
+    """MismatchError with the findings of every adapter that does not belong to the base."""
+    reports = {
+        one.name: check(one.folder, base=base, quantization=quantization, registry=registry)
+        for one in found
+    }
+    bad = (INCOMPATIBLE, OTHER_WEIGHTS, UNKNOWN)
+    faults = [
+        f"{clean(name)} does not belong to {clean(base.name)}, {report.verdict}:\n"
+        f"{listing(report.findings)}"
+        for name, report in reports.items()
+        if report.verdict in bad or (strict and report.warnings)
+    ]
+    if faults:
+        raise MismatchError("\n".join(faults))
+    for name, report in reports.items():
+        doubts = [f for f in report.warnings if f.code == report.verdict]
+        if doubts:
+            warnings.warn(f"{clean(name)}:\n{listing(doubts)}", AdapterWarning, stacklevel=3)
+
+
+def _vocabulary(found: list[Found], base: Base) -> int | None:
+    """Rows of the tables the adapters carry, when they are more than the base's."""
+    sizes = {
+        stored.shape[0]
+        for one in found
+        for (_, role), stored in one.adapter.tensors.items()
+        if role == "table"
+    }
+    if len(sizes) > 1:
+        raise MismatchError(f"the adapters carry tables of {sorted(sizes)} rows, expected one size")
+    rows = sizes.pop() if sizes else 0
+    return rows if rows > (base.vocabulary or 0) else None
+
+
+def _model(
+    place: Path, base: Base, found: list[Found], quantization: str | None, **where: Any
+) -> PreTrainedModel:
+    """where: device and dtype. Nothing is fetched, and no code of the checkpoint is run."""
+    settings: dict[str, Any] = {
+        "dtype": where["dtype"],
+        "use_safetensors": True,
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "device_map": {"": where["device"]},
+    }
+    if quantization not in (None, "none"):
+        settings["quantization_config"] = _bitsandbytes(str(quantization), where["dtype"])
+    labels = _labels(found)
+    settings |= {"num_labels": labels} if labels else {}
+    loader: Any = getattr(transformers, _class(base, found))
+    model: PreTrainedModel = loader.from_pretrained(place, **settings).eval()
+    return model
+
+
+def _bitsandbytes(method: str, dtype: torch.dtype) -> Any:
+    config: Any = transformers.BitsAndBytesConfig
+    if method == "int8":
+        return config(load_in_8bit=True)
+    return config(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+def _class(base: Base, found: list[Found]) -> str:
+    """The auto class for the adapters' task, else for the checkpoint's own architecture."""
+    architectures = sorted({for_task(base, one.adapter).architecture for one in found})
+    if len(architectures) > 1:
+        raise MismatchError(f"the adapters ask for different models: {', '.join(architectures)}")
+    architecture = architectures[0] if architectures else base.architecture
+    for end, name in CLASSES.items():
+        if architecture.endswith(end):
+            return name
+    raise MismatchError(f"{clean(architecture)} is of no task known here: {', '.join(CLASSES)}")
+
+
+def _labels(found: list[Found]) -> int | None:
+    """Rows of the classification heads the adapters carry."""
+    sizes = {
+        stored.shape[0]
+        for one in found
+        for (module, role), stored in one.adapter.tensors.items()
+        if role == "replace.weight" and one.adapter.task in ("SEQ_CLS", "TOKEN_CLS")
+        if module.rpartition(".")[2] in HEADS
+    }
+    if len(sizes) > 1:
+        raise MismatchError(
+            f"the adapters have heads of {sorted(sizes)} labels, expected one number"
+        )
+    return sizes.pop() if sizes else None
+
+
+def _mention_tokenizers(found: list[Found], base: Base) -> None:
+    """An adapter with another tokenizer is only right with that one: which folder has it."""
+    for one in found:
+        try:
+            own = tokenizer_digest(one.folder)
+        except DamagedError as error:
+            raise DamagedError(f"{clean(one.name)}: {error}") from error
+        if own is not None and own != base.tokenizer:
+            warnings.warn(
+                f"{clean(one.name)} brings its own tokenizer, which differs from the base's:"
+                " use that one with this model",
+                AdapterWarning,
+                stacklevel=3,
+            )

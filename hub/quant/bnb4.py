@@ -1,0 +1,52 @@
+"""bitsandbytes 4-bit (NF4, FP4).  Dettmers et al. 2023, arXiv:2305.14314."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import Tensor, nn
+
+from adapterkit.registry.errors import MismatchError
+
+
+def claims(module: nn.Module) -> bool:
+    return isinstance(module, bitsandbytes.nn.Linear4bit)
+
+
+def method(module: nn.Module) -> str:
+    layer: Any = module
+    return str(layer.weight.quant_type)
+
+
+def is_repacked(module: nn.Module) -> bool:
+    """Whether the codes lie in the layout of the AVX512-BF16 kernel, which only that kernel reads."""
+    layer: Any = module
+    return bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
+
+
+def keep_unpacked(module: nn.Module) -> None:
+    """Stops the module from repacking its codes at its first forward on such a CPU: the repacked
+    form has lost the exact scales."""
+    layer: Any = module
+    layer.support_avx512bf16_for_cpu = False
+
+
+def read_weight(module: nn.Module) -> Tensor:
+    """Raises MismatchError if the weight was repacked: its exact values are gone."""
+    if is_repacked(module):
+        raise MismatchError(
+            "its 4-bit weight was repacked for this CPU by an earlier forward, which is lossy",
+            hint="load the base with adapterkit.hub.load, or attach before the first forward",
+        )
+    layer: Any = module
+    codes, state = layer.weight.data, layer.weight.quant_state
+    weight: Tensor = bitsandbytes.functional.dequantize_4bit(codes, state).float()
+    return weight
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype | None:
+    layer: Any = module
+    dtype: torch.dtype | None = layer.compute_dtype
+    return dtype

@@ -1,0 +1,30 @@
+"""Plain floating-point weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def claims(module: nn.Module) -> bool:
+    return True
+
+
+def method(module: nn.Module) -> str:
+    return "none"
+
+
+def read_weight(module: nn.Module) -> Tensor:
+    layer: Any = module
+    weight: Tensor = layer.weight.detach().float()
+    if isinstance(module, Conv1D | nn.Embedding):  # stored (in, out), and (rows, width)
+        return weight.mT
+    return weight
+
+
+def compute_dtype(module: nn.Module) -> torch.dtype | None:
+    weight = getattr(module, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
