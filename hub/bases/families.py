@@ -57,7 +57,7 @@ class Family:
     routers: str = ""
     experts: tuple[Fuse, ...] = ()
     ties: tuple[tuple[str, str], ...] = ()
-    layers: str = r"^(?:(?:de|en)coder\.|transformer\.)?(?:layers|layer|h)\.(\d+)\."
+    layers: str = r"^(?:(?:de|en)coder\.|transformer\.)?(?:layers|layer|h)\.([0-9]{1,6})\."
     buffers: str = ""
     classes: Mapping[str, str] = field(default_factory=dict)
 
@@ -81,7 +81,7 @@ _QWEN_VL = (
 
 
 def _experts(stem: str, gate: str, up: str, down: str) -> tuple[Fuse, ...]:
-    start = rf"^(.*\.{stem}\.experts)\.(\d+)\."
+    start = rf"^(.*\.{stem}\.experts)\.([0-9]{{1,6}})\."
     return (
         Fuse(rf"{start}({gate}|{up})\.weight$", "gate_up_proj", (gate, up)),
         Fuse(rf"{start}({down})\.weight$", "down_proj", (down,)),

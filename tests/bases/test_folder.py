@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import re
@@ -15,8 +16,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from adapterkit.hub.bases.base import Base, Quantization
+from adapterkit.hub.bases.fingerprint import config_digest
 from adapterkit.hub.bases.folder import find_base, read_base
 from adapterkit.registry.errors import (
+    AdapterError,
     DamagedError,
     InvalidError,
     MismatchError,
@@ -125,6 +128,31 @@ def test_a_config_that_is_no_object_is_damage(text: str, copied: Copy) -> None:
     (folder / "config.json").write_text(text)
     with pytest.raises(DamagedError, match=r"config\.json"):
         read_base(folder)
+
+
+ODD = [None, True, -1, 10**30, float("nan"), "x", ["x"], [[]], {"x": {}}]
+
+
+@pytest.mark.parametrize("name", ["llama_nf4_double", "bert"])
+def test_no_value_in_a_config_is_a_crash(name: str, copied: Copy) -> None:
+    folder = copied(name)
+    config = json.loads((folder / "config.json").read_text())
+    more = ["text_config", "quantization_config", "num_labels", "n_layer", "auto_map"]
+    for key in [*config, *more]:
+        for value in ODD:
+            (folder / "config.json").write_text(json.dumps(config | {key: value}))
+            with contextlib.suppress(AdapterError):
+                config_digest(read_base(folder).config)
+
+
+def test_a_number_too_long_to_be_one_is_a_name(copied: Copy) -> None:
+    folder = copied("mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    long = f"model.layers.{'9' * 5000}.block_sparse_moe.experts.{'9' * 5000}.w1.weight"
+    tensors[long] = tensors["model.norm.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    modules = read_base(folder).modules
+    assert [row.weight for row in modules.values() if len(row.name) > 999] == [(long,)]
 
 
 def test_a_config_with_more_layers_than_the_weights_is_damage(copied: Copy) -> None:
