@@ -52,13 +52,8 @@ class Blobs:
         self.root, self.temp, self.files = root / "sha256", temp, files
 
     def create(self) -> None:
-        """All folders at once: a blob's folder is then durable before any blob is."""
         for folder in (self.temp, self.root):
             self.files.make_folder(folder)
-        for number in range(256):
-            (self.root / f"{number:02x}").mkdir(exist_ok=True)
-        for folder in (self.root, self.root.parent, self.root.parent.parent):
-            self.files.fsync_folder(folder)
 
     def path(self, digest: str) -> Path:
         text = bare(digest)
@@ -112,9 +107,11 @@ class Blobs:
                         self.files.fsync(file)
                 path = self.path(found)
                 if new:
+                    self.files.mkdir(path.parent)
                     self.files.rename(part, path)
                 # Also when it was there: who put it may not have come to this yet.
-                self.files.fsync_folder(path.parent)
+                for folder in (path.parent, self.root):
+                    self.files.fsync_folder(folder)
             finally:
                 self.files.unlink(part)
         return Blob(found, length, new)

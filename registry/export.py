@@ -22,7 +22,7 @@ def export(home: Home, manifest: Manifest, folder: Path, name: str) -> Path:
     part = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.part")
     with storage_errors(f"{name} cannot be written to {folder}"):
         _check_free(target)
-        home.files.make_folder(part)
+        home.files.mkdir(part)
         try:
             for file in manifest.files:
                 _copy(home, file.digest, part / file.path, f"{name}: {file.path}")
@@ -43,7 +43,7 @@ def _check_free(target: Path) -> None:
 
 
 def _copy(home: Home, digest: str, path: Path, name: str) -> None:
-    home.files.make_folder(path.parent)
+    home.files.mkdir(path.parent)
     source = home.blobs.path(digest)
     if not source.exists():
         raise DamagedError(f"{name} is missing from the registry")

@@ -85,12 +85,17 @@ class Files:
     def chmod(self, path: Path, mode: int) -> None:
         path.chmod(mode)
 
+    def mkdir(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+
     def make_folder(self, path: Path) -> None:
         """With its parents, each made durable in the folder that holds it."""
         missing = [folder for folder in (path, *path.parents) if not folder.exists()]
         for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
+            self.mkdir(folder)
             self.fsync_folder(folder.parent)
+        if not missing:  # made by another process, perhaps just now
+            self.fsync_folder(path.parent)
 
     def stat(self, path: Path) -> os.stat_result:
         return path.stat()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,3 +30,12 @@ def add(registry: Registry) -> Callable[..., Added]:
         return registry.add(name, {"w.bin": content}, meaning, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def faults() -> ModuleType:
+    """tests/faults.py, which is no test and in no package."""
+    spec = spec_from_file_location("faults", Path(__file__).parents[1] / "faults.py")
+    found = module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found

@@ -85,6 +85,7 @@ def test_a_rotten_copy_is_replaced_not_trusted(blobs):
 def test_a_link_in_the_place_of_a_blob_is_not_the_blob(blobs, tmp_path):
     outside = tmp_path / "outside"
     outside.write_bytes(DATA)
+    blobs.path(DIGEST).parent.mkdir()
     blobs.path(DIGEST).symlink_to(outside)
     assert not blobs.intact(DIGEST)
     blobs.put(DATA)

@@ -78,7 +78,8 @@ def test_other_bytes_are_damaged(data):
 
 HOSTILE_PATHS = [
     "../x", "a/../../x", "/etc/passwd", "a\\b", "..\\x", "C:/x", "a\0b", "", ".", "a//b", "a/",
-    "./a",     "a\nb", "a/.", "..", "nul.", "x ", "a\u202eb", "\ud800", "a" * 300, "/".join(["d" * 90] * 20),
+    "./a", "a\nb", "a/.", "..", "nul.", "x ", "a\u202eb", "\ud800", "a" * 300,
+    "/".join(["d" * 90] * 20),
 ]  # fmt: skip
 
 

@@ -1,0 +1,85 @@
+"""A file system that stops working, or kills the process, at a chosen touch of it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from adapterkit.registry.files import Files
+
+CHANGES = (
+    "create", "open_update", "write", "truncate", "fsync", "fsync_folder", "rename", "link",
+    "unlink", "chmod", "mkdir",
+)  # fmt: skip
+
+
+class Counting(Files):
+    """Calls `at(name)` before each change; `at` may raise or kill. names: the changes so far."""
+
+    def __init__(self, at: Callable[[int, str], None] = lambda number, name: None) -> None:
+        self.names: list[str] = []
+        self.at = at
+
+    def __getattribute__(self, name: str) -> object:
+        found = super().__getattribute__(name)
+        if name not in CHANGES:
+            return found
+
+        def counted(*given: object) -> object:
+            self.names.append(name)
+            self.at(len(self.names), name)
+            return found(*given)
+
+        return counted
+
+
+class Dying(Counting):
+    """Kills its process at change number `last`, a write in the middle of it."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__(self._maybe)
+        self.last = last
+
+    def _maybe(self, number: int, name: str) -> None:
+        if number == self.last and name != "write":
+            die()
+
+    def write(self, file: BinaryIO, data: bytes) -> None:
+        if len(self.names) == self.last:
+            super().write(file, data[: len(data) // 2])
+            die()
+        super().write(file, data)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class ReadOnly(Counting):
+    def __init__(self) -> None:
+        super().__init__(self._refuse)
+
+    def _refuse(self, number: int, name: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def writable(self, path: Path) -> bool:
+        return False
+
+
+def in_child(work: Callable[[], None]) -> bool:
+    """Run `work` in a copy of this process; whether it ended by itself, and without an error."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child raised"
+    return not os.WIFSIGNALED(status)
