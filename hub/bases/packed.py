@@ -43,33 +43,40 @@ def state_of(tensors: Mapping[str, Stored], name: str) -> State | None:
 
 
 def _parse(stored: Stored, method: str) -> State:
-    where = f"{clean(stored.key)} in {clean(stored.source.name)}"
+    try:
+        return _read_state(stored, method)
+    except DamagedError as error:  # names are cleaned only when shown: there are many states
+        where = f"{clean(stored.key)} in {clean(stored.source.name)}"
+        raise DamagedError(f"{where}: {error}") from error
+
+
+def _read_state(stored: Stored, method: str) -> State:
     if stored.dtype != "U8" or stored.size > MAX_STATE:
-        raise DamagedError(f"{where} is {stored}, expected at most {MAX_STATE} bytes of JSON")
-    fields = parse_object(stored.read(), where)
+        raise DamagedError(f"{stored}, expected at most {MAX_STATE} bytes of JSON")
+    fields = parse_object(stored.read(), "the quant state")
     shape, block = fields.get("shape"), fields.get("blocksize")
-    if not isinstance(shape, list) or not shape or not all(_positive(size) for size in shape):
-        raise DamagedError(f"{where} has the shape {clean(repr(shape))}, expected positive sizes")
+    if not isinstance(shape, list) or not shape or not all(map(_positive, shape)):
+        raise DamagedError(f"the shape is {clean(repr(shape))}, expected positive sizes")
     if not _positive(block):
-        raise DamagedError(f"{where} has the blocksize {clean(repr(block))}, expected a size")
+        raise DamagedError(f"the blocksize is {clean(repr(block))}, expected a size")
     if fields.get("quant_type") != method:
-        raise DamagedError(f"{where} has the quant_type {clean(repr(fields.get('quant_type')))}")
-    return State(method, tuple(shape), int(str(block)), _nested(fields, where))
+        raise DamagedError(f"the quant_type is {clean(repr(fields.get('quant_type')))}")
+    return State(method, tuple(shape), int(str(block)), _nested(fields))
 
 
 def _positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 48
 
 
-def _nested(fields: Mapping[str, Any], where: str) -> tuple[int, float] | None:
+def _nested(fields: Mapping[str, Any]) -> tuple[int, float] | None:
     if "nested_blocksize" not in fields:
         return None
     block, offset = fields["nested_blocksize"], fields.get("nested_offset")
     number = isinstance(offset, int | float) and not isinstance(offset, bool)
     if not _positive(block) or not number or not math.isfinite(float(str(offset))):
         raise DamagedError(
-            f"{where} has nested_blocksize {clean(repr(block))} and nested_offset"
-            f" {clean(repr(offset))}, expected a positive size and a finite number"
+            f"nested_blocksize is {clean(repr(block))} and nested_offset {clean(repr(offset))},"
+            f" expected a positive size and a finite number"
         )
     return int(block), float(str(offset))
 

@@ -12,6 +12,7 @@ import struct
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import sub
 
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.bases.packed import State, scales_of, state_of
@@ -33,6 +34,11 @@ NF4 = (
 )  # fmt: skip
 FP4 = (0.0, 0.0052083334, 0.16666667, 0.25, 0.33333334, 0.5, 0.6666667, 1.0)
 CODES = {"nf4": NF4, "fp4": (*(-x for x in reversed(FP4[1:])), *FP4)}
+# Between two codes the nearer one is taken, so a code reaches to the middles around it.
+EDGES = {
+    method: (-1.0, *((a + b) / 2 for a, b in zip(codes, codes[1:], strict=False)), 1.0)
+    for method, codes in CODES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -78,16 +84,14 @@ def block_values(
         for start in range(0, len(numbers), 64):
             block = numbers[start : start + 64]
             scales += [max(map(abs, block))] * len(block)
-    codes = CODES[method]
-    middles = [(a + b) / 2 for a, b in zip(codes, codes[1:], strict=False)]
+    edges = EDGES[method]
     low, high = [], []
     for number, scale in zip(numbers, scales, strict=True):
-        place = bisect_left(middles, number / scale if scale else 0.0)
-        below = middles[place - 1] if place else -1.0
-        above = middles[place] if place < len(middles) else 1.0
+        place = bisect_left(edges, number / scale if scale else 0.0, 1, len(edges) - 1)
+        below, above = edges[place - 1], edges[place]
         # A scale that is off by `error` moves the bounds by as much, times the bound.
-        low.append(_down(below * scale - abs(below) * error))
-        high.append(_up(above * scale + abs(above) * error))
+        low.append(_down(below * scale) - abs(below) * error)
+        high.append(_up(above * scale) + abs(above) * error)
     return Values(method, numbers, low, high)
 
 
@@ -189,7 +193,7 @@ def _scales(
         table[code] * outer[(first + i) // size - group] + offset for i, code in enumerate(codes)
     )
     ordered = sorted(table)
-    gap = max(b - a for a, b in zip(ordered, ordered[1:], strict=False))
+    gap = max(map(sub, ordered[1:], ordered))
     return scales, gap / 2 * max(map(abs, outer))
 
 
