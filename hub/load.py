@@ -18,9 +18,10 @@ from adapterkit.hub.bases.base import Base
 from adapterkit.hub.bases.folder import find_base, read_base, tokenizer_digest
 from adapterkit.hub.check import check
 from adapterkit.hub.compose.attach import attach
+from adapterkit.hub.compose.model import quantization as quantization_of
 from adapterkit.hub.findings import INCOMPATIBLE, OTHER_WEIGHTS, UNKNOWN, clean, listing
 from adapterkit.hub.locate import Source, locate
-from adapterkit.hub.quant import bnb4, format_of
+from adapterkit.hub.quant import format_of
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import for_task
@@ -86,8 +87,8 @@ def load(  # noqa: PLR0913
         _refuse(found, described, quantization, registry, strict)
     model = _model(place, described, found, quantization, device=device, dtype=dtype)
     if rows is not None:
-        model.resize_token_embeddings(rows)
-    if torch.device(device).type == "cpu":
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    if torch.device(device).type == "cpu" and quantization_of(model).method in ("nf4", "fp4"):
         _keep_unpacked(model)
     _mention_tokenizers(found, described)
     if found:
@@ -105,6 +106,10 @@ def load(  # noqa: PLR0913
 def _keep_unpacked(model: nn.Module) -> None:
     """4-bit codes stay as they are: on some CPUs bitsandbytes repacks them at the first forward,
     which loses their exact values."""
+    from adapterkit.hub.quant import (
+        bnb4,  # takes seconds to import, and not every base is quantized
+    )
+
     for module in model.modules():
         if format_of(module) is bnb4:
             bnb4.keep_unpacked(module)
@@ -154,10 +159,6 @@ def _refuse(
     ]
     if faults:
         raise MismatchError("\n".join(faults))
-    for name, report in reports.items():
-        doubts = [f for f in report.warnings if f.code == report.verdict]
-        if doubts:
-            warnings.warn(f"{clean(name)}:\n{listing(doubts)}", AdapterWarning, stacklevel=3)
 
 
 def _vocabulary(found: list[Found], base: Base) -> int | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.bases.modules import module_table
+from adapterkit.hub.bases.names import architectures
 from adapterkit.hub.findings import WARNING, Finding
 from adapterkit.registry.errors import AdapterError
 
@@ -20,7 +20,6 @@ ENDS = {
     "QUESTION_ANS": ("ForQuestionAnswering",),
     "FEATURE_EXTRACTION": ("Model", "EncoderModel"),
 }
-FAMILY = re.compile(r"(.+?)(?:For[A-Z]\w*|LMHeadModel|EncoderModel|Model)")
 
 
 def serves(architecture: str, task: str | None) -> bool:
@@ -44,14 +43,14 @@ def doubt(adapter: Adapter, base: Base) -> list[Finding]:
 
 
 def for_task(base: Base, adapter: Adapter) -> Base:
-    """The base as the class that the adapter's task asks for, or as it is if the family has none."""
-    family = FAMILY.fullmatch(base.architecture)
-    if serves(base.architecture, adapter.task) or family is None:
+    """The base as the class the adapter's task asks for, or as it is if the family has none."""
+    if serves(base.architecture, adapter.task):
         return base
-    architecture = family[1] + ENDS[adapter.task or ""][0]
     try:
-        modules = module_table(base.config, base.tensors, architecture)
-    except AdapterError:  # no such class in this family: `fit` says that the task is another
+        classes = architectures(base.model_type)
+        wanted = next(classes[end] for end in ENDS[adapter.task or ""] if end in classes)
+        modules = module_table(base.config, base.tensors, wanted)
+    except (StopIteration, AdapterError):  # no such class in this family: `doubt` says so
         return base
-    config = {**base.config, "architectures": [architecture]}
+    config = {**base.config, "architectures": [wanted]}
     return replace(base, config=config, modules=modules)

@@ -7,6 +7,7 @@ import warnings
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
@@ -16,12 +17,15 @@ from torch import nn
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base
+from adapterkit.hub.check import judge
+from adapterkit.hub.compose.live import compare_live
 from adapterkit.hub.compose.lowering import Bound, Lowered, lower
 from adapterkit.hub.compose.model import describe_model
 from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.compose.plan import Weighted
-from adapterkit.hub.findings import ERROR, WARNING, Finding, clean, listing
+from adapterkit.hub.findings import ERROR, FITS, clean, listing
 from adapterkit.hub.fit import fit
+from adapterkit.hub.identity import Identity, identify
 from adapterkit.hub.locate import Source, locate
 from adapterkit.hub.primitives import RowScale
 from adapterkit.hub.read import read_adapter
@@ -86,7 +90,8 @@ class Adapters:
         with all findings if it does not fit; then nothing has changed."""
         if name in self._lowered:
             raise ConflictError(f"an adapter is attached as {clean(name)} already")
-        adapter = checked(locate(source, self._options.registry), self._base, self._options)
+        folder = locate(source, self._options.registry)
+        adapter = checked(folder, self._base, self._modules, self._options)
         self._lowered[name] = lower(adapter, self._base, self._modules, self._options.dtype)
 
     def remove(self, name: str) -> None:
@@ -201,25 +206,27 @@ def attached(model: nn.Module) -> Adapters | None:
     return _attached.get(model)
 
 
-def checked(folder: Folder, base: Base, options: Options) -> Adapter:
-    """The adapter, once nothing speaks against binding it to `base`; doubts warn."""
+def checked(
+    folder: Folder, base: Base, modules: Mapping[str, nn.Module], options: Options
+) -> Adapter:
+    """The adapter, once nothing speaks against binding it to the model; doubts warn.
+
+    Raises MismatchError with every finding, MismatchError too for a doubt when strict.
+    """
     adapter = read_adapter(folder, options.allow_fields)
     adapter.require_sound()
     findings = fit(adapter, base)
-    raise_or_warn(adapter.name, base.name, findings, strict=options.strict)
+    identity = Identity(FITS, "none", ())
+    if not any(finding.severity == ERROR for finding in findings):
+        compare = partial(compare_live, modules, base)
+        identity = identify(folder, base, deep=False, compare=compare)
+    report = judge(folder, base, findings, identity, None)
+    about = f"{clean(report.source)} on {clean(base.name)}: {report.verdict}"
+    if report.errors or (options.strict and report.warnings):
+        raise MismatchError(f"{about}\n{listing(report.findings)}")
+    if report.warnings:
+        warnings.warn(f"{about}\n{listing(report.warnings)}", AdapterWarning, stacklevel=4)
     return adapter
-
-
-def raise_or_warn(name: str, base: str, findings: list[Finding], *, strict: bool) -> None:
-    """MismatchError with every finding if one is an error (or a warning, when strict)."""
-    bad = (ERROR, WARNING) if strict else (ERROR,)
-    if any(finding.severity in bad for finding in findings):
-        raise MismatchError(f"{clean(name)} does not fit {clean(base)}:\n{listing(findings)}")
-    doubts = [finding for finding in findings if finding.severity == WARNING]
-    if doubts:
-        warnings.warn(
-            f"{clean(name)} on {clean(base)}:\n{listing(doubts)}", AdapterWarning, stacklevel=4
-        )
 
 
 def _named(adapters: Mapping[str, Source] | Sequence[Source] | Source) -> dict[str, Source]:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base, Module
 from adapterkit.hub.compose.model import weights_of
+from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.findings import clean
 from adapterkit.hub.kinds import kind
 from adapterkit.hub.primitives import BiasShift, LowRank, Primitive, RowScale
 from adapterkit.hub.quant import format_of
 from adapterkit.hub.tensors import read_tensor
-from adapterkit.registry.errors import AdapterError, DamagedError, MismatchError
+from adapterkit.registry.errors import DamagedError, MismatchError
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,22 @@ class LiveSite:
     module: Module
     tied: tuple[str, ...]
     live: nn.Module
+    origin: Origin
 
     def weight(self) -> Tensor:
-        """Raises MismatchError naming the module if its exact weight is gone."""
+        """From memory, else from the files the model came from.
+
+        Raises MismatchError naming the module if its exact weight is in neither.
+        """
         try:
             return format_of(self.live).read_weight(self.live)
-        except AdapterError as error:
-            raise MismatchError(f"{self.module.name}: {error}", hint=error.hint) from error
+        except MismatchError as error:
+            dense = self.origin.weight(self.module.name)
+            if dense is None:
+                raise MismatchError(f"{self.module.name}: {error}", hint=error.hint) from error
+            from adapterkit.hub.quant import bnb4  # the only format that loses its weight
+
+            return bnb4.requantized(self.live, dense)
 
 
 class Used(dict[str, Tensor]):
@@ -74,12 +84,13 @@ def lower(
     dtype: of the factors; None is each module's own compute dtype. Raises DamagedError naming
     every tensor that is not finite, and MismatchError if a tensor would be left out.
     """
+    origin = Origin(base.name)
     updates: dict[str, list[Primitive]] = {}
     bound: list[Bound] = []
     tensors = _read(adapter)
     for name, stored in adapter.modules.items():
         live = modules[name]
-        site = LiveSite(base.modules[name], _tied(base, name), live)
+        site = LiveSite(base.modules[name], _tied(base, name), live, origin)
         given = {role: tensors[name, role].to(_device(live)) for role in stored}
         roles, copies = _without_copies(given, live)
         used = Used(roles)

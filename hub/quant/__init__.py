@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from adapterkit.hub.bases.values import Values
+
 
 class Format(Protocol):
     """A weight format, as a file of this folder."""
@@ -22,6 +24,11 @@ class Format(Protocol):
 
     def read_weight(self, module: nn.Module) -> Tensor:
         """The weight, dequantized, float32, (out, in) as it is applied; on the module's device."""
+        ...
+
+    def values(self, module: nn.Module, numbers: list[float], start: int) -> Values:
+        """Dequantized values from position `start` of the flattened weight, each with the interval
+        it stands for."""
         ...
 
     def compute_dtype(self, module: nn.Module) -> torch.dtype | None:

@@ -8,6 +8,7 @@ import bitsandbytes
 import torch
 from torch import Tensor, nn
 
+from adapterkit.hub.bases.values import Values, block_values
 from adapterkit.registry.errors import MismatchError
 
 
@@ -21,7 +22,7 @@ def method(module: nn.Module) -> str:
 
 
 def is_repacked(module: nn.Module) -> bool:
-    """Whether the codes lie in the layout of the AVX512-BF16 kernel, which only that kernel reads."""
+    """Whether the codes lie in the layout of the AVX512-BF16 kernel, which alone reads it."""
     layer: Any = module
     return bool(getattr(layer.weight.quant_state, "packing_format_for_cpu", False))
 
@@ -44,6 +45,32 @@ def read_weight(module: nn.Module) -> Tensor:
     codes, state = layer.weight.data, layer.weight.quant_state
     weight: Tensor = bitsandbytes.functional.dequantize_4bit(codes, state).float()
     return weight
+
+
+def requantized(module: nn.Module, dense: Tensor) -> Tensor:
+    """What the module's weight was before it was repacked, from the dense weight it was made of."""
+    layer: Any = module
+    weight, state = layer.weight, layer.weight.quant_state
+    codes, again = bitsandbytes.functional.quantize_4bit(
+        dense.to(weight.device, state.dtype),
+        blocksize=weight.blocksize,
+        compress_statistics=weight.compress_statistics,
+        quant_type=weight.quant_type,
+    )
+    found: Tensor = bitsandbytes.functional.dequantize_4bit(codes, again).float()
+    return found
+
+
+def values(module: nn.Module, numbers: list[float], start: int) -> Values:
+    """The blocks' scales are read off the numbers; where they are quantized themselves, they can
+    be off by half of the widest gap of their code."""
+    layer: Any = module
+    state = layer.weight.quant_state
+    error = 0.0
+    if state.nested:
+        gaps = state.state2.code.sort().values.diff()
+        error = float(gaps.max() / 2 * state.state2.absmax.abs().max())
+    return block_values(state.quant_type, numbers, error=error)
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:

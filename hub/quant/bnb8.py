@@ -1,4 +1,4 @@
-"""bitsandbytes 8-bit, LLM.int8(): W = codes * SCB / 127 by row.  Dettmers et al. 2022, arXiv:2208.07339."""
+"""bitsandbytes 8-bit, W = codes * SCB / 127 by row.  Dettmers et al. 2022, arXiv:2208.07339."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any, cast
 import bitsandbytes
 import torch
 from torch import Tensor, nn
+
+from adapterkit.hub.bases.values import Values, row_values
 
 
 def claims(module: nn.Module) -> bool:
@@ -26,6 +28,13 @@ def read_weight(module: nn.Module) -> Tensor:
         codes, scales = layer.state.CB, layer.state.SCB
     weight: Tensor = codes.float() * (scales.float()[:, None] / 127)
     return weight
+
+
+def values(module: nn.Module, numbers: list[float], start: int) -> Values:
+    layer: Any = module
+    scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+    rows = range(start, start + len(numbers))
+    return row_values(numbers, [float(scales[place // layer.in_features]) for place in rows])
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:

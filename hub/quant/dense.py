@@ -8,6 +8,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from adapterkit.hub.bases.values import Values, dense_values
+from adapterkit.hub.tensors import DTYPES
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
 
 def claims(module: nn.Module) -> bool:
     return True
@@ -23,6 +28,11 @@ def read_weight(module: nn.Module) -> Tensor:
     if isinstance(module, Conv1D | nn.Embedding):  # stored (in, out), and (rows, width)
         return weight.mT
     return weight
+
+
+def values(module: nn.Module, numbers: list[float], start: int) -> Values:
+    layer: Any = module
+    return dense_values(NAMES[layer.weight.dtype], numbers)
 
 
 def compute_dtype(module: nn.Module) -> torch.dtype | None:
