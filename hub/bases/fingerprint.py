@@ -108,9 +108,10 @@ def fingerprint(
     `weights_size(base)` in all.
     """
     names = None if touched is None else sorted(set(touched))
-    blob = sketch(base, names)
+    # A model in memory has no tensors here: a digest of nothing would equal that of any other.
+    blob = sketch(base, names) if base.tensors else None
     files = tensors = part = None
-    if weights:
+    if weights and base.tensors:
         keys = by_file(base, base.tensors)
         wanted = {name: keys.get(name, []) for name in base.weight_files}
         found = hash_files(base, wanted, True, cache, progress)
@@ -125,11 +126,11 @@ def fingerprint(
         revision=revision,
         architecture=base.architecture or None,
         model_type=base.model_type or None,
-        layout=layout_digest(base.tensors),
+        layout=layout_digest(base.tensors) if base.tensors else None,
         files=files,
         tensors=tensors,
         touched=part,
-        sketch=(digest_of(blob), len(blob)),
+        sketch=None if blob is None else (digest_of(blob), len(blob)),
         tokenizer=base.tokenizer,
         config=config_digest(base.config),
         quantization=base.quantization,

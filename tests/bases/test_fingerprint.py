@@ -268,6 +268,13 @@ def test_a_file_that_changes_while_it_is_read_is_damage(copied: Copy) -> None:
         fingerprint(base, weights=True, progress=meddle)
 
 
+def test_a_model_in_memory_has_no_digest_of_nothing(base_of: BaseOf) -> None:
+    live = replace(base_of("llama"), tensors={}, weight_files={})
+    found = fingerprint(live, weights=True)
+    assert (found.layout, found.files, found.tensors, found.sketch) == (None,) * 4
+    assert found.config == fingerprint(base_of("llama")).config
+
+
 def test_origin_is_recorded_only_for_a_hub_snapshot(base_of: BaseOf) -> None:
     base = base_of("llama")
     assert fingerprint(base).id is None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -181,7 +184,84 @@ def test_a_head_on_the_files_of_a_bare_model_is_what_transformers_loads(
     compare_with_loaded(saved[f"{kind} Model"], kind, next(iter(architectures(kind))))
 
 
-def compare_with_loaded(folder: Path, kind: str, suffix: str) -> None:
+# How files on the Hub differ from what is saved today.
+OLD = [
+    ("gpt2", "ForCausalLM", r"^transformer\.", "", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
+    ("gpt2", "Model", r"^", "transformer.", ["transformer.h.0.attn.bias"]),
+    ("bert", "ForMaskedLM", r"LayerNorm\.weight", "LayerNorm.gamma", ["bert.pooler.dense.bias"]),
+    ("bert", "ForMaskedLM", r"LayerNorm\.bias", "LayerNorm.beta", ["cls.seq_relationship.bias"]),
+    ("bert", "ForSequenceClassification", r"^bert\.", "", ["embeddings.position_ids"]),
+    ("opt", "ForCausalLM", r"^model\.", "", []),
+    ("llama", "ForCausalLM", r"$", "", ["model.layers.0.self_attn.rotary_emb.inv_freq"]),
+    ("llama", "ForCausalLM", r"^model\.", "", []),
+    ("gpt_neox", "ForCausalLM", r"^lm_head\.", "embed_out.", ["gpt_neox.layers.0.attention.bias"]),
+    ("t5", "ForConditionalGeneration", r"$", "", ["encoder.embed_tokens.weight"]),
+    ("llava", "ForConditionalGeneration", r"^vision_tower\.", "vision_tower.vision_model.", []),
+    ("gemma3", "ForConditionalGeneration", r"^vision_tower\.", "vision_tower.vision_model.", []),
+    ("qwen2_vl", "ForConditionalGeneration", r"^model\.language_model\.", "model.", []),
+    ("qwen2_5_vl", "ForConditionalGeneration", r"^model\.(?=layers)", "model.language_model.", []),
+]
+
+
+@pytest.mark.parametrize(("kind", "suffix", "pattern", "old", "more"), OLD)
+def test_older_names_are_read_as_transformers_reads_them(
+    kind: str, suffix: str, pattern: str, old: str, more: list[str], saved: dict[str, Path],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    folder = Path(shutil.copytree(saved[f"{kind} {suffix}"], tmp_path / "old"))
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {re.sub(pattern, old, name): tensor for name, tensor in tensors.items()}
+    shapes = {"encoder.embed_tokens.weight": tensors.get("shared.weight")}
+    added = {n: torch.ones(16) if (t := shapes.get(n)) is None else t.clone() for n in more}
+    save_file(renamed | added, folder / "model.safetensors", metadata={"format": "pt"})
+    base = compare_with_loaded(folder, kind, suffix)
+    assert set(unclaimed(base.config, base.tensors, base.modules)) <= set(more)
+
+
+def test_experts_that_are_fused_on_disk_are_the_same_modules(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved["qwen3_moe ForCausalLM"], tmp_path / "fused"))
+    model = build("qwen3_moe", "ForCausalLM")
+    save_file(dict(model.state_dict()), folder / "model.safetensors", metadata={"format": "pt"})
+    base = compare_with_loaded(folder, "qwen3_moe", "ForCausalLM")
+    assert base.modules["model.layers.1.mlp.experts.down_proj"].weight == (
+        "model.layers.1.mlp.experts.down_proj",
+    )
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_stored_head_is_tied_only_if_it_equals_the_embedding(
+    same: bool, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved["gemma ForCausalLM"], tmp_path / "both"))
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 0 if same else 1
+    save_file(
+        tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+    row = read_base(folder).modules["lm_head"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    assert tied == same
+    assert row.tied_to == ("model.embed_tokens" if tied else None)
+    assert row.weight == ("lm_head.weight",)
+
+
+def test_a_head_alone_is_the_source_of_its_embedding(
+    saved: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved["gemma ForCausalLM"], tmp_path / "head"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    base = compare_with_loaded(folder, "gemma", "ForCausalLM")
+    assert base.modules["model.embed_tokens"].tied_to == "lm_head"
+    assert base.modules["lm_head"].weight == ("lm_head.weight",)
+
+
+def compare_with_loaded(folder: Path, kind: str, suffix: str) -> Base:
     base = read_base(folder, architecture=architectures(kind)[suffix])
     loader = getattr(transformers, architectures(kind)[suffix])
     model, info = loader.from_pretrained(folder, output_loading_info=True)
@@ -196,6 +276,7 @@ def compare_with_loaded(folder: Path, kind: str, suffix: str) -> None:
     # The bias of a masked-language head is registered twice; the decoder's row stands for both.
     second = {name for name in model.all_tied_weights_keys.values() if name.endswith(".bias")}
     assert absent == set(info["missing_keys"]) - second
+    return base
 
 
 def test_a_class_that_would_find_none_of_its_weights_is_refused(saved: dict[str, Path]) -> None:
