@@ -31,6 +31,7 @@ COMMANDS = {
     "push": "Send an adapter to a remote.",
     "pull": "Fetch an adapter from a remote.",
     "remote": "Name remotes.",
+    "demo": "Play the whole story on a tiny model, from nothing.",
 }
 INTERRUPTED = 130
 

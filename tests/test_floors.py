@@ -16,12 +16,14 @@ BELOW = {
 }
 # Steps inside hub, lowest first; a file stands on the first step that names it or its folder.
 STEPS = {
-    "plain": {"findings", "headers", "sources", "adapter", "fields", "matching", "bases/base"},
-    "maths": {"primitives", "kinds", "quant"},
-    "io": {"formats", "bases", "read", "values", "fit", "check", "tensors"},
+    "plain": {"findings", "headers", "sources", "adapter", "fields", "matching", "bases/base", "bases/values"},
+    "maths": {"primitives", "tensors", "kinds", "quant"},
+    "io": {
+        "formats", "bases", "locate", "read", "values", "sums", "fit", "identity", "check", "task",
+    },
     "model": {"compose", "load"},
     "outside": {"remotes", "sync", "ingest", "describe", "demo"},
-}
+}  # fmt: skip
 RANK = {step: rank for rank, step in enumerate(STEPS)}
 NETWORK = {"socket", "http", "urllib.request", "requests", "httpx"}
 # What a file on a step may not import anywhere, functions included. (torch and other slow modules
