@@ -16,7 +16,10 @@ BELOW = {
 }
 # Steps inside hub, lowest first; a file stands on the first step that names it or its folder.
 STEPS = {
-    "plain": {"findings", "headers", "sources", "adapter", "fields", "matching", "bases/base", "bases/values"},
+    "plain": {
+        "findings", "headers", "sources", "adapter", "fields", "matching",
+        "bases/base", "bases/packed", "bases/values",
+    },
     "maths": {"primitives", "tensors", "kinds", "quant"},
     "io": {
         "formats", "bases", "locate", "read", "values", "sums", "fit", "identity", "check", "task",
