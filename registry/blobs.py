@@ -6,17 +6,25 @@ import hashlib
 import re
 import stat
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
-from adapterkit.registry.errors import DamagedError, InvalidError
+from adapterkit.registry.errors import AdapterError, DamagedError, InvalidError
 from adapterkit.registry.files import Files, storage_errors
 
 CHUNK = 1 << 20
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 Content = Path | bytes | BinaryIO
+Fetch = Callable[[int], BinaryIO]
+Progress = Callable[[int], None]
+
+
+class Hasher(Protocol):
+    def update(self, data: bytes, /) -> None: ...
+    def hexdigest(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,15 @@ def bare(digest: str) -> str:
 
 
 class Blobs:
-    """A folder of blobs. temp: a folder on the same file system, for bytes not yet checked."""
+    """A folder of blobs. temp: a folder on the same file system, for bytes not yet checked.
 
-    def __init__(self, root: Path, temp: Path, files: Files) -> None:
-        self.root, self.temp, self.files = root / "sha256", temp, files
+    error: what an error of the operating system is raised as.
+    """
+
+    def __init__(
+        self, root: Path, temp: Path, files: Files, error: type[AdapterError] = AdapterError
+    ) -> None:
+        self.root, self.temp, self.files, self.error = root / "sha256", temp, files, error
 
     def create(self) -> None:
         for folder in (self.temp, self.root):
@@ -96,25 +109,93 @@ class Blobs:
         if digest is not None:
             digest = bare(digest)
         part = self.temp / f"{uuid.uuid4().hex}.part"
-        with storage_errors("a blob cannot be stored"):
+        with storage_errors("a blob cannot be stored", self.error):
             try:
                 with self.files.create(part) as file:
                     found, length = self._copy(content, file)
                     _compare(found, length, digest, size)
-                    new = not self.intact(found)
-                    if new:
-                        self.files.chmod(part, 0o444)
-                        self.files.fsync(file)
-                path = self.path(found)
-                if new:
-                    self.files.mkdir(path.parent)
-                    self.files.rename(part, path)
-                # Also when it was there: who put it may not have come to this yet.
-                for folder in (path.parent, self.root):
-                    self.files.fsync_folder(folder)
+                    new = self._keep(part, file, found)
             finally:
                 self.files.unlink(part)
         return Blob(found, length, new)
+
+    def receive(
+        self, digest: str, size: int, fetch: Fetch, progress: Progress = lambda size: None
+    ) -> Blob:
+        """Store the blob that `fetch(start)` gives from byte `start` on.
+
+        Goes on where an earlier call was interrupted; what that left is checked with the rest.
+        progress: told the size of each part. Raises DamagedError when it is not that blob.
+        """
+        digest = bare(digest)
+        with storage_errors("a blob cannot be stored", self.error):
+            if self.intact(digest):
+                progress(size)
+                return Blob(digest, size, False)
+            part, file = self._claim(digest)
+            try:
+                with file:
+                    self._fill(file, digest, size, fetch, progress)
+                    new = self._keep(part, file, digest)
+            except DamagedError:
+                self.files.unlink(part)
+                raise
+        return Blob(digest, size, new)
+
+    def _claim(self, digest: str) -> tuple[Path, BinaryIO]:
+        part = self.temp / f"{digest}.part"
+        file = self.files.open_partial(part)
+        if file is not None:
+            return part, file
+        part = self.temp / f"{uuid.uuid4().hex}.part"
+        return part, self.files.create(part)
+
+    def _fill(
+        self, file: BinaryIO, digest: str, size: int, fetch: Fetch, progress: Progress
+    ) -> None:
+        hasher, start = _hash_start(file)
+        if start > size:
+            hasher, start = self._restart(file)
+        while True:
+            progress(start)
+            with fetch(start) as source:
+                length = start + self._append(source, file, size - start, hasher, progress)
+            if not start or hasher.hexdigest() == digest:
+                return _compare(hasher.hexdigest(), length, digest, size)
+            progress(-length)  # what had been left there was not the beginning of this blob
+            hasher, start = self._restart(file)
+
+    def _restart(self, file: BinaryIO) -> tuple[Hasher, int]:
+        self.files.truncate(file, 0)
+        file.seek(0)
+        return hashlib.sha256(), 0
+
+    def _append(
+        self, source: BinaryIO, target: BinaryIO, size: int, hasher: Hasher, progress: Progress
+    ) -> int:
+        """Copy up to `size` bytes and, to be found out, one more."""
+        length = 0
+        while length <= size and (data := source.read(min(CHUNK, size - length + 1))):
+            hasher.update(data)
+            self.files.write(target, data)
+            length += len(data)
+            progress(len(data))
+        return length
+
+    def _keep(self, part: Path, file: BinaryIO, digest: str) -> bool:
+        """Move checked bytes to their place; whether they had to be."""
+        path, new = self.path(digest), not self.intact(digest)
+        if new:
+            self.files.chmod(part, 0o444)
+            self.files.fsync(file)
+            self.files.mkdir(path.parent)
+            self.files.rename(part, path)
+        else:
+            self.files.unlink(part)
+        # Also when it was there: who put it may not have come to this yet.
+        for folder in (path.parent, self.root):
+            self.files.fsync_folder(folder)
+        return new
 
     def _copy(self, content: Content, target: BinaryIO) -> tuple[str, int]:
         if isinstance(content, bytes):
@@ -130,6 +211,14 @@ class Blobs:
         with self.files.open(Path(target.name)) as copied:
             found = hashlib.file_digest(copied, "sha256").hexdigest()
             return found, copied.tell()
+
+
+def _hash_start(file: BinaryIO) -> tuple[Hasher, int]:
+    """The hash and the length of what is in `file`; leaves it at its end."""
+    hasher = hashlib.sha256()
+    while data := file.read(CHUNK):
+        hasher.update(data)
+    return hasher, file.tell()
 
 
 def copy_hashed(files: Files, source: BinaryIO, target: BinaryIO) -> tuple[str, int]:

@@ -38,6 +38,22 @@ class Files:
         """An existing file, to be written in place."""
         return path.open("r+b", buffering=0)
 
+    def open_partial(self, path: Path) -> BinaryIO | None:
+        """A file to go on writing, new or as somebody left it; None while another has it."""
+        if fcntl is None:
+            return None
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        file = os.fdopen(number, "r+b", buffering=0)
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had it may have finished and moved it away in between.
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return file
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        file.close()
+        return None
+
     def write(self, file: BinaryIO, data: bytes) -> None:
         rest = memoryview(data)
         while rest:
@@ -134,11 +150,11 @@ _HINTS = {
 
 
 @contextmanager
-def storage_errors(what: str) -> Iterator[None]:
+def storage_errors(what: str, kind: type[AdapterError] = AdapterError) -> Iterator[None]:
     """Translates an error of the operating system; `what`: the subject of the message."""
     try:
         yield
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         hint = _HINTS.get(error.errno or 0)
-        raise AdapterError(f"{what}: {error.strerror or error}{place}", hint=hint) from error
+        raise kind(f"{what}: {error.strerror or error}{place}", hint=hint) from error

@@ -10,36 +10,36 @@ from adapterkit.registry.errors import AdapterError, DamagedError, InvalidError
 from adapterkit.registry.files import Files, write_new
 
 FORMAT = 1
-OWN = {
-    "FORMAT",
-    "blobs",
-    "catalog.db",
-    "catalog.db-shm",
-    "catalog.db-wal",
-    "lock",
-    "log",
-    "remotes.json",
-    "tmp",
+STORE, REMOTE = "store", "remote"
+_OWN = {
+    STORE: {
+        *("FORMAT", "blobs", "tmp", "log", "lock", "remotes.json"),
+        *("catalog.db", "catalog.db-shm", "catalog.db-wal"),
+    },
+    REMOTE: {"FORMAT", "blobs", "tmp", "attachments", "refs"},
 }
 
 
-def check(home: Path, files: Files) -> bool:
-    """Whether there is a registry. Raises if there is something else, or a newer one."""
+def check(home: Path, files: Files, kind: str = STORE) -> bool:
+    """Whether there is a registry, or the remote. Raises if there is something else, or a newer
+    one."""
     try:
         with files.open(home / "FORMAT") as file:
             text = file.read(100).decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
-        _check_free(home, files)
+        _check_free(home, files, kind)
         return False
-    found = re.fullmatch(r"adapterkit-store (\d{1,9})\n", text)
+    found = re.fullmatch(r"adapterkit-(\w+) (\d{1,9})\n", text)
     if found is None:
-        raise DamagedError(f"{home / 'FORMAT'} holds {text[:40]!r}, not a store's number")
-    if int(found[1]) > FORMAT:
+        raise DamagedError(f"{home / 'FORMAT'} holds {text[:40]!r}, not a format's number")
+    if found[1] != kind:
+        raise InvalidError(f"{home} holds an adapterkit {found[1]}, expected a {kind}")
+    if int(found[2]) > FORMAT:
         raise AdapterError(
-            f"the registry {home} has format {found[1]}, newer than {FORMAT}",
+            f"the {kind} {home} has format {found[2]}, newer than {FORMAT}",
             hint="upgrade adapterkit: pip install -U adapterkit",
         )
-    if not (home / "log").exists():
+    if kind == STORE and not (home / "log").exists():
         raise DamagedError(
             f"the registry {home} lost its log, which says what it holds",
             hint="restore the file 'log' from a backup",
@@ -47,26 +47,27 @@ def check(home: Path, files: Files) -> bool:
     return True
 
 
-def _check_free(home: Path, files: Files) -> None:
+def _check_free(home: Path, files: Files, kind: str) -> None:
     if not home.exists():
         return
     if not home.is_dir():
-        raise InvalidError(f"the registry {home} is a file, expected a folder")
+        raise InvalidError(f"the {kind} {home} is a file, expected a folder")
     log = home / "log"
-    if log.exists() and files.stat(log).st_size:
+    if kind == STORE and log.exists() and files.stat(log).st_size:
         raise DamagedError(f"the registry {home} has a log, but lost its file FORMAT")
-    others = sorted(set(files.listdir(home)) - OWN)
+    others = sorted(set(files.listdir(home)) - _OWN[kind])
     if others:
         raise InvalidError(
-            f"{home} is not a registry: it has no FORMAT, but {others[0][:80]!r}",
+            f"{home} is not an adapterkit {kind}: it has no FORMAT, but {others[0][:80]!r}",
             hint="name a new or an empty folder",
         )
 
 
-def create(home: Path, files: Files) -> None:
+def create(home: Path, files: Files, kind: str = STORE) -> None:
     """FORMAT comes last: where it is, all the rest is durable."""
-    with suppress(FileExistsError):
-        files.create(home / "log").close()
+    if kind == STORE:
+        with suppress(FileExistsError):
+            files.create(home / "log").close()
     files.fsync_folder(home)
-    content = f"adapterkit-store {FORMAT}\n".encode()
+    content = f"adapterkit-{kind} {FORMAT}\n".encode()
     write_new(files, home / "FORMAT", content, home / "tmp")

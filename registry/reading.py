@@ -94,11 +94,12 @@ class ReadingSide:
             )
         return {file.path: self.home.blobs.path(file.digest) for file in manifest.files}
 
-    def intact(self, digest: str) -> bool:
-        """Whether the blob is there with its bytes; read only when its stamp has changed."""
+    def intact(self, digest: str, size: int | None = None) -> bool:
+        """Whether the blob is there with its bytes, `size` of them; read only when its stamp has
+        changed."""
         digest, blobs = bare(digest), self.home.blobs
         stamp = blobs.stamp(digest)
-        if stamp is None:
+        if stamp is None or size not in (None, stamp.size):
             return False
         if self.home.read(lambda catalog: catalog.stamp(digest)) == stamp:
             return True

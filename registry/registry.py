@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from adapterkit.registry import attaching, commit, queries
-from adapterkit.registry.blobs import Blob, Content
+from adapterkit.registry.blobs import Blob, Content, Fetch, Progress
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
 from adapterkit.registry.reading import ReadingSide, as_ref, bare_name
@@ -109,6 +109,13 @@ class Registry(ReadingSide):
         self.home.create()
         return self.home.blobs.put(content, digest, size)
 
+    def receive(
+        self, digest: str, size: int, fetch: Fetch, progress: Progress = lambda size: None
+    ) -> Blob:
+        """As put_blob, from `fetch(start)`; goes on where an earlier call was interrupted."""
+        self.home.create()
+        return self.home.blobs.receive(digest, size, fetch, progress)
+
     def publish(
         self,
         name: str,
@@ -126,7 +133,8 @@ class Registry(ReadingSide):
         movable = [commit.movable(tag) for tag in tags]
         parsed = Manifest.parse(manifest, f"the manifest of {ref.at(number)}")
         entries = list(attachments)
-        absent = self.missing([*parsed.blobs(), *(entry.digest for entry in entries)])
+        sizes = parsed.blobs() | {entry.digest: entry.size for entry in entries}
+        absent = [digest for digest, size in sizes.items() if not self.intact(digest, size)]
         if absent:
             raise DamagedError(
                 f"{ref.at(number)} lacks its blobs {', '.join(d[:12] for d in absent)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +19,8 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
     """The JSON object in `data`; `name` is the file the message shows.
 
     A UTF-8 byte order mark is accepted. Raises DamagedError for any other encoding, text that is
-    not JSON, a value that is not an object, a repeated key, and nesting deeper than MAX_DEPTH.
+    not JSON, a value that is not an object, a repeated key, nesting deeper than MAX_DEPTH, and half
+    of a surrogate pair, which no UTF-8 can hold.
     NaN and Infinity parse to floats (Python writes them); whoever reads the field refuses them.
     """
     if len(data) > MAX_SIZE:
@@ -32,22 +34,33 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) < len(items):
-            keys = [key for key, _ in items]
-            repeated.extend(sorted({key for key in keys if keys.count(key) > 1}))
+            counts = Counter(key for key, _ in items)
+            repeated.extend(sorted(key for key, n in counts.items() if n > 1))
         return found
 
     try:
         value = json.loads(text, object_pairs_hook=pairs)
-    except (json.JSONDecodeError, RecursionError) as error:
-        detail = error if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    except (ValueError, RecursionError) as error:  # a number of 4300 digits is a ValueError too
+        detail = "nested too deeply" if isinstance(error, RecursionError) else error
         raise DamagedError(f"{name} is not JSON: {detail}") from error
     if repeated:
-        raise DamagedError(f"{name} has duplicate keys: {', '.join(map(repr, repeated))}")
+        shown = ", ".join(repr(key[:80]) for key in repeated[:20])
+        raise DamagedError(f"{name} has duplicate keys: {shown}")
     if not isinstance(value, dict):
         raise DamagedError(f"{name} holds {_kind(value)}, expected a JSON object")
     if depth(value) > MAX_DEPTH:
         raise DamagedError(f"{name} is nested deeper than {MAX_DEPTH} levels")
+    if b"\\u" in data and not _is_text(value):
+        raise DamagedError(f"{name} holds half of a surrogate pair, which is not text")
     return value
+
+
+def _is_text(value: object) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: object) -> str:

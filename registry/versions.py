@@ -77,3 +77,10 @@ def following(versions: Iterable[str]) -> str:
     highest = max(versions, key=sort_key, default=None)
     found = _parse(highest) if highest is not None else None
     return FIRST if found is None else f"{found.major}.{found.minor + 1}"
+
+
+def shortest(version: str) -> str:
+    """The same text for equal numbers: 1 for 1.0 and 1.0.0."""
+    from packaging.utils import canonicalize_version
+
+    return canonicalize_version(_strict(version))
