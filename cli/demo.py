@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import fill
 from time import monotonic
 from typing import TYPE_CHECKING, Self
 
@@ -40,9 +41,10 @@ def command(app: App, keep: Path | None) -> None:
     half a minute, and leaves nothing behind without --keep.
     """
     with workplace(keep) as root, Bars(app) as bars:
-        stays = "stays there" if keep else "is removed at the end"
+        stays = "stays" if keep else "is removed at the end"
         say("A base model, three adapters, a registry and a remote, made on this CPU.")
-        say(f"Nothing is downloaded. Everything lies in {root} and {stays}.")
+        say("Nothing is downloaded; every claim is tested, and the first that fails ends it.")
+        say(f"Folder: {root}, which {stays}.")
         started = monotonic()
         from adapterkit.hub.demo.story import Demo  # takes seconds, so something is said first
 
@@ -116,26 +118,40 @@ def tell(number: int, step: Step, seconds: float) -> None:
         for row, losses in step.losses.items():
             say(f"{INDENT}{row:25}" + "".join(f"{losses[column]:10.2f}" for column in columns))
     for line in step.lines:
-        say(f"{INDENT}{line}")
+        say(folded(line))
+
+
+def folded(line: str) -> str:
+    """`line` indented, in as many lines as it needs."""
+    indent = INDENT + " " * (len(line) - len(line.lstrip()))
+    return fill(
+        line.strip(), WIDTH, initial_indent=indent, subsequent_indent=f"{indent}  ",
+        break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def suggest(keep: Path | None) -> None:
     click.echo()
-    click.echo(click.style("Everything the demo claims was tested and holds. Try next:", bold=True))
-    for line in suggestions(keep):
-        say(f"{INDENT}{line}")
+    click.echo(click.style("Every claim was tested and holds. What to try next:", bold=True))
+    for line, comment in suggestions(keep).items():
+        say(f"{INDENT}{line}  # {comment}" if comment else f"{INDENT}{line}")
+    click.echo("and with an adapter of yours:")
+    say(f"{INDENT}adapter check ./ADAPTER --base ORG/MODEL")
+    say(f"{INDENT}adapter add ./ADAPTER team/NAME --base ORG/MODEL")
 
 
-def suggestions(keep: Path | None) -> list[str]:
-    """Commands that work as they stand."""
+def suggestions(keep: Path | None) -> dict[str, str]:
+    """Commands that work as they stand, and what they do where that is not plain."""
     if keep is None:
-        return ["adapter demo --keep playground   # the same, and keeps its folders to play with"]
-    home = f"adapter --home {shlex.quote(str(keep / 'registry'))}"
-    base, other = (shlex.quote(str(keep / name)) for name in ("base", "other"))
-    return [
-        f"{home} list",
-        f"{home} show demo/sea",
-        f"{home} check demo/sea --base {base}",
-        f"{home} check demo/sea --base {other}   # refused: exit code 6",
-        f"adapter base {base}",
-    ]
+        return {"adapter demo --keep playground": "the same, and keeps its folders"}
+    # A bare a/b would be a model of the Hub.
+    folder = str(keep) if keep.is_absolute() or str(keep).startswith(".") else f"./{keep}"
+    store, base, other = (shlex.quote(f"{folder}/{n}") for n in ("registry", "base", "other"))
+    home = f"adapter --home {store}"
+    return {
+        f"{home} list": "",
+        f"{home} show demo/sea": "",
+        f"{home} check demo/sea --base {base}": "it fits",
+        f"{home} check demo/sea --base {other}": "it does not",
+        f"adapter base {base}": "",
+    }
