@@ -99,7 +99,9 @@ def record(done: Ingested) -> dict[str, object]:
 def tell(app: App, done: Ingested, base: str | None) -> None:
     added, info = done.added, done.info
     if added.created:
-        say(f"{added.ref}: stored {size(added.size)}, {size(added.new_bytes)} new on disk")
+        shared = added.new_bytes < added.size
+        new = f", only {size(added.new_bytes)} of it new" if shared else ""
+        say(f"{added.ref}: stored {size(added.size)}{new}")
     else:
         say(f"{added.ref}: already stored, nothing new")
     say(f"  {info.variant} of rank {info.rank} on {', '.join(info.targets)}")

@@ -25,7 +25,7 @@ STEPS = {
         "formats", "bases", "locate", "read", "values", "sums", "fit", "identity", "check", "task",
     },
     "model": {"compose", "load"},
-    "outside": {"remotes", "sync", "ingest", "describe", "demo"},
+    "outside": {"remotes", "sync", "ingest", "describe", "arrival", "demo"},
 }  # fmt: skip
 RANK = {step: rank for rank, step in enumerate(STEPS)}
 NETWORK = {"socket", "http", "urllib.request", "requests", "httpx"}

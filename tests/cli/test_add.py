@@ -12,7 +12,7 @@ def test_it_says_what_was_stored_and_what_was_skipped(run, sql, llama, tmp_path)
     shutil.copytree(sql, folder)
     (folder / "training_args.bin").write_bytes(b"x" * 2048)
     shown = run("add", folder, "sql", "--base", llama).stdout
-    assert shown.startswith("sql@1.0: stored 16.1 KiB, ")
+    assert shown.startswith("sql@1.0: stored 16.1 KiB\n")
     assert "  LoRA of rank 8 on q_proj, v_proj\n" in shown
     assert "  skipped training_args.bin (2.0 KiB)\n" in shown
 
