@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding, listing
+from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding, clean, listing
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.matching import Targets
 from adapterkit.registry.errors import DamagedError, NotFoundError
@@ -52,9 +52,10 @@ class Adapter:
         errors = [finding for finding in self.findings if finding.severity == ERROR]
         if not errors:
             return
+        name = clean(self.name)
         if all(finding.code == UNSUPPORTED for finding in errors):
-            raise NotFoundError(f"{self.name} needs what is not supported:\n{listing(errors)}")
-        raise DamagedError(f"{self.name} is not a complete adapter:\n{listing(errors)}")
+            raise NotFoundError(f"{name} needs what is not supported:\n{listing(errors)}")
+        raise DamagedError(f"{name} is not a complete, sound adapter:\n{listing(errors)}")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.bases.base import Base
+from adapterkit.hub.bases.base import METHODS, Base
 from adapterkit.hub.findings import (
     ERROR,
     FITS,
@@ -26,7 +26,7 @@ from adapterkit.hub.locate import Source, locate
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import doubt, for_task
-from adapterkit.registry.errors import AdapterError, MismatchError
+from adapterkit.registry.errors import AdapterError, InvalidError, MismatchError
 
 if TYPE_CHECKING:
     from adapterkit.registry import Registry
@@ -49,6 +49,9 @@ def check(
     An adapter that cannot be read is a report with verdict `unknown`; a base that cannot be read
     raises.
     """
+    if quantization not in (None, *METHODS):
+        choices = ", ".join(METHODS)
+        raise InvalidError(f"quantization is {quantization!r}, expected one of {choices}")
     described = base if isinstance(base, Base) else _read(base)
     try:
         folder = locate(source, registry)
@@ -86,7 +89,8 @@ def judge(
 
 def _quantized_differently(folder: Folder, base: Base, planned: str | None) -> Finding | None:
     recorded = (folder.manifest.quantization or {}) if folder.manifest is not None else {}
-    trained = recorded.get("trained_on", {}).get("method")
+    trained_on = recorded.get("trained_on")
+    trained = trained_on.get("method") if isinstance(trained_on, dict) else None
     stored = base.quantization.method
     if planned is not None and stored not in ("none", planned):
         about = f"stored as {stored}, which cannot be loaded as {planned}"

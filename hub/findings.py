@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ERROR, WARNING, INFO = "error", "warning", "info"
@@ -17,6 +17,9 @@ FITS = "fits"
 OTHER_WEIGHTS = "other-weights"
 INCOMPATIBLE = "incompatible"
 UNKNOWN = "unknown"
+
+# Characters of the longest sentence that is shown whole.
+SENTENCE = 8000
 
 
 @dataclass(frozen=True, order=True)
@@ -35,10 +38,11 @@ class Finding:
     hint: str = ""
 
     def __str__(self) -> str:
-        facts = [f"expected {self.expected}"] if self.expected else []
-        facts += [f"found {self.found}"] if self.found else []
-        text = f"{clean(self.tensor)}: {clean(', '.join(facts))}" if facts else clean(self.tensor)
-        return f"{text} [{self.code}]"
+        facts = [f"expected {clean(self.expected)}"] if self.expected else []
+        facts += [f"found {clean(self.found)}"] if self.found else []
+        if not facts:  # a sentence, such as an error with every fault of a file
+            return f"{clean(self.tensor, SENTENCE)} [{self.code}]"
+        return f"{clean(self.tensor)}: {', '.join(facts)} [{self.code}]"
 
 
 @dataclass(frozen=True)
@@ -65,11 +69,19 @@ class Report:
 
 def clean(text: str, limit: int = 200) -> str:
     """`text` safe to print: control and invisible characters escaped, the middle cut when long."""
+    if len(text) > 2 * limit:  # of a text of megabytes only the ends are looked at
+        text = text[:limit] + text[-limit:]
     shown = "".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in text)
     if len(shown) <= limit:
         return shown
     half = limit // 2 - 3
     return f"{shown[:half]} ... {shown[-half:]}"
+
+
+def several(faults: Sequence[str], limit: int = 20) -> str:
+    """Faults as one sentence; those past the limit are counted."""
+    rest = [f"{len(faults) - limit} more"] if len(faults) > limit else []
+    return "; ".join([*faults[:limit], *rest])
 
 
 def listing(findings: Iterable[Finding], limit: int = 40) -> str:

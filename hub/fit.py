@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 
 from adapterkit.hub.adapter import Adapter
@@ -13,6 +14,12 @@ from adapterkit.hub.kinds import kind
 from adapterkit.hub.kinds.base import Expected
 from adapterkit.hub.task import doubt
 
+# role -> the axis of its tensor that counts tokens, for a module with a row for each token
+VOCABULARY = {"table": 0, "replace.weight": 0, "replace.bias": 0, "B": 0, "embedding_A": 1}
+
+# role -> the axis of its tensor that is the rank
+RANK = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}
+
 
 def fit(adapter: Adapter, base: Base) -> list[Finding]:
     """All that keeps the adapter from binding to the base, and what is odd about the pair."""
@@ -20,12 +27,20 @@ def fit(adapter: Adapter, base: Base) -> list[Finding]:
     findings = [*adapter.findings, *schema.findings]
     incomplete = {f.tensor for f in adapter.findings if f.code == "missing-tensor"}
     findings += _missing(adapter, schema.tensors, incomplete)
+    last, named = _last_layers(base), defaultdict[str, set[str]](set)
+    for finding in adapter.findings:
+        if finding.severity == ERROR:
+            named[finding.tensor].add(finding.code)
     for (module, role), stored in adapter.tensors.items():
         expected = schema.tensors.get((module, role))
         if expected is None:
-            findings.append(_unexpected(adapter, base, module, role, stored))
-        elif expected.shape != stored.shape and not _own_head(base, module, role, stored, expected):
-            findings += _misshapen(adapter, base, base.modules[module], role, stored, expected)
+            if "unexpected-tensor" not in named[stored.key]:
+                findings.append(_unexpected(adapter, base, (module, role), stored, last))
+        elif expected.shape != stored.shape and not (
+            _is_said(named[stored.key], role, stored, expected)
+            or _own_head(base, module, role, stored, expected)
+        ):
+            findings.append(_misshapen(base, base.modules[module], role, stored, expected))
     return findings + _untrained_heads(adapter, base) + _made_for(adapter, base)
 
 
@@ -72,15 +87,22 @@ def _missing(
     ]
 
 
-def _unexpected(adapter: Adapter, base: Base, module: str, role: str, stored: Stored) -> Finding:
+def _unexpected(
+    adapter: Adapter,
+    base: Base,
+    place: tuple[str, str],
+    stored: Stored,
+    last: Mapping[tuple[str, str], int],
+) -> Finding:
+    module, role = place
     if module in base.modules:
         about = f"{module}, which the config does not target"
         if module in adapter.targets.select({module: base.modules[module]}):
             about = f"a tensor {role} for the {base.modules[module].type} module {module}"
         return Finding(ERROR, "not-targeted", stored.key, "a module the config targets", about)
-    if layer := _beyond_the_last_layer(module, base.modules):
-        number, last = layer
-        expected = f"layers 0 to {last} of the base"
+    number, rest = _split(module)
+    if number is not None and number > last.get(rest, number):
+        expected = f"layers 0 to {last[rest]} of the base"
         return Finding(ERROR, "layer-out-of-range", stored.key, expected, f"layer {number}")
     hint = "is the adapter made for another architecture, or another task?"
     return Finding(
@@ -93,43 +115,50 @@ def _unexpected(adapter: Adapter, base: Base, module: str, role: str, stored: St
     )
 
 
-def _beyond_the_last_layer(module: str, modules: Mapping[str, Module]) -> tuple[int, int] | None:
-    """(layer asked for, last layer there is) when only the number of the layer is wrong."""
-    match = re.match(r"(.*?\.)(\d+)(\..+)", module)
-    if match is None:
-        return None
-    prefix, number, rest = match[1], int(match[2]), match[3]
-    layers = [
-        int(found[1])
-        for name in modules
-        if (found := re.fullmatch(rf"{re.escape(prefix)}(\d+){re.escape(rest)}", name))
-    ]
-    return (number, max(layers)) if layers and number > max(layers) else None
+def _split(module: str) -> tuple[int | None, tuple[str, str]]:
+    """The number of the layer, and what stands around it."""
+    match = re.match(r"(.*?\.)(\d{1,9})(\..+)", module)
+    return (int(match[2]), (match[1], match[3])) if match else (None, ("", ""))
+
+
+def _last_layers(base: Base) -> dict[tuple[str, str], int]:
+    found: dict[tuple[str, str], int] = {}
+    for name in base.modules:
+        number, rest = _split(name)
+        if number is not None:
+            found[rest] = max(number, found.get(rest, 0))
+    return found
 
 
 def _misshapen(
-    adapter: Adapter, base: Base, module: Module, role: str, stored: Stored, expected: Expected
-) -> list[Finding]:
+    base: Base, module: Module, role: str, stored: Stored, expected: Expected
+) -> Finding:
     want = f"shape {list(expected.shape)}"
     found = f"shape {list(stored.shape)}"
-    code, hint = "shape-mismatch", ""
-    if module.name == _table(base) or role == "table" or module.tied_to or module.name == "lm_head":
-        if stored.shape[-1:] == expected.shape[-1:] and len(stored.shape) == 2:
-            code = "vocabulary-resized"
-            want += f", the vocabulary size of the base ({expected.shape[0]} rows)"
-            hint = f"resize the base to {stored.shape[0]} rows: load(..., resize=True)"
-    elif _rank_fault(adapter, stored):
-        return []
-    return [Finding(ERROR, code, stored.key, want, found, hint)]
+    axis = VOCABULARY.get(role) if _is_table(base, module) else None
+    if axis is not None and _differ_only_in(axis, stored.shape, expected.shape):
+        rows, here = stored.shape[axis], expected.shape[axis]
+        want += f", the vocabulary size of the base ({here} rows)"
+        hint = f"resize the base to {rows} rows: load(..., resize=True)"
+        return Finding(ERROR, "vocabulary-resized", stored.key, want, found, hint)
+    return Finding(ERROR, "shape-mismatch", stored.key, want, found)
 
 
-def _rank_fault(adapter: Adapter, stored: Stored) -> bool:
-    """Whether the same fault is named already: the rank against the config, no base needed."""
-    return any(f.tensor == stored.key and f.severity == ERROR for f in adapter.findings)
+def _differ_only_in(axis: int, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return len(a) == len(b) and a[:axis] + a[axis + 1 :] == b[:axis] + b[axis + 1 :]
 
 
-def _table(base: Base) -> str:
-    return next((m.name for m in base.modules.values() if m.type == EMBEDDING), "")
+def _is_table(base: Base, module: Module) -> bool:
+    """Whether it has a row for each token: the input embedding or the head of a language model."""
+    first = next((m.name for m in base.modules.values() if m.type == EMBEDDING), "")
+    return module.name in (first, "lm_head") or module.tied_to == first
+
+
+def _is_said(named: set[str], role: str, stored: Stored, expected: Expected) -> bool:
+    """Whether faults that needed no base to be seen say all that is wrong with the shape."""
+    if named != {"rank-mismatch"}:
+        return bool(named)
+    return _differ_only_in(RANK[role], stored.shape, expected.shape)
 
 
 def _made_for(adapter: Adapter, base: Base) -> list[Finding]:
@@ -143,5 +172,12 @@ def _made_for(adapter: Adapter, base: Base) -> list[Finding]:
 
 def _same_name(made_for: str, base: str) -> bool:
     """Whether two spellings may mean one base: a Hub id, a path, or the tail of a path."""
-    a, b = (name.replace("\\", "/").strip("/").split("/") for name in (made_for, base))
-    return a[-1].lower() == b[-1].lower()
+    a, b = (_tail(name) for name in (made_for, base))
+    return a == b
+
+
+def _tail(name: str) -> str:
+    """The last name, lower case; of a snapshot in the Hub's cache, that of its model."""
+    parts = name.lower().replace("\\", "/").strip("/").split("/")
+    cached = len(parts) > 2 and parts[-2] == "snapshots"
+    return parts[-3].rpartition("--")[2] if cached else parts[-1]

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from adapterkit.hub.findings import clean
+from adapterkit.hub.findings import clean, several
 from adapterkit.hub.sources import ByteSource
 from adapterkit.registry.errors import DamagedError
+from adapterkit.registry.strictjson import is_text, noting
 
 # bits, since the format has types smaller than a byte
 DTYPE_BITS = {
@@ -27,6 +28,8 @@ DTYPE_BITS = {
 FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 # The limit of the safetensors library itself.
 MAX_HEADER = 100_000_000
+# More values than any file can hold.
+MAX_VALUES = 1 << 48
 LFS_MARK = b"version https://git-lfs.github.com/spec/"
 
 
@@ -83,8 +86,7 @@ def read_header(source: ByteSource) -> Header:
             tensors[key] = stored
     faults.extend(_layout(tensors.values(), 8 + length, source.size) if not faults else [])
     if faults:
-        shown = "; ".join(faults[:20]) + (f"; {len(faults) - 20} more" if len(faults) > 20 else "")
-        raise DamagedError(f"{name} has a damaged header: {shown}")
+        raise DamagedError(f"{name} has a damaged header: {several(faults)}")
     return Header(tensors, metadata)
 
 
@@ -110,23 +112,17 @@ def _refuse_other_formats(prefix: bytes, name: str, size: int) -> None:
 
 def _parse(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     repeated: list[str] = []
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
-            keys = [key for key, _ in items]
-            repeated.extend(sorted({key for key in keys if keys.count(key) > 1}))
-        return found
-
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=pairs)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=noting(repeated))
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{name} has a header that is not JSON: {clean(str(error))}") from error
     if not isinstance(value, dict):
         raise DamagedError(f"{name} has a header that is not a JSON object")
     if repeated:
-        shown = ", ".join(clean(key) for key in repeated)
+        shown = ", ".join(clean(key) for key in repeated[:20])
         raise DamagedError(f"{name} has duplicate keys in its header: {shown}")
+    if b"\\u" in data and not is_text(value):
+        raise DamagedError(f"{name} has a header that holds half of a surrogate pair, not text")
     metadata = value.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise DamagedError(
@@ -137,6 +133,17 @@ def _parse(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _fits(sizes: list[int]) -> bool:
+    """Whether the sizes and their product are far from 64 bits; stops where they are not, as the
+    product of all of a long list would take forever."""
+    product = 1
+    for size in sizes:
+        product *= size or 1
+        if product >= MAX_VALUES:
+            return False
+    return True
 
 
 def _tensor(
@@ -155,8 +162,8 @@ def _tensor(
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != (stop - start) * 8:
         faults.append(
-            f"{shown} has shape {shape} of {dtype}, {bits // 8} bytes, but its data_offsets hold"
-            f" {stop - start} bytes in size"
+            f"{shown} has shape {clean(str(shape))} of {dtype}, {bits / 8:.16g} bytes, but its"
+            f" data_offsets hold {stop - start} bytes in size"
         )
         return None
     return Stored(key, dtype, tuple(shape), source, data + start, data + stop)
@@ -168,14 +175,16 @@ def _form_faults(dtype: object, shape: object) -> list[str]:
         faults.append(f"an unknown dtype {clean(repr(dtype))}")
     if not isinstance(shape, list) or not all(map(_count, shape)):
         faults.append(f"a shape with a negative or non-integer size: {clean(repr(shape))}")
-    elif math.prod(shape) >= 1 << 63:
-        faults.append(f"a shape whose size overflows 64 bits: {clean(repr(shape))}")
+    elif not _fits(shape):
+        faults.append(f"a shape whose size overflows: {clean(repr(shape))}")
     return faults
 
 
 def _range_faults(offsets: object, data: int, size: int) -> list[str]:
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_count, offsets))):
         return [f"malformed data_offsets {clean(repr(offsets))}"]
+    if max(offsets) >= 1 << 63:
+        return [f"data_offsets out of range: {clean(repr(offsets))}"]
     if offsets[0] > offsets[1]:
         return [f"data_offsets that end before they start: {offsets}"]
     if data + offsets[1] > size:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.hub.adapter import Adapter, AdapterInfo
-from adapterkit.hub.bases.base import Base, Quantization
+from adapterkit.hub.bases.base import METHODS, Base, Quantization
 from adapterkit.hub.describe import summarize
 from adapterkit.hub.findings import ERROR, WARNING, Finding, clean, listing
 from adapterkit.hub.fit import fit
@@ -18,7 +18,7 @@ from adapterkit.hub.read import read_adapter
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import doubt, for_task
 from adapterkit.hub.values import check_values
-from adapterkit.registry.errors import DamagedError, InvalidError, MismatchError
+from adapterkit.registry.errors import InvalidError, MismatchError
 from adapterkit.registry.manifest import Meaning
 from adapterkit.registry.strictjson import canonical
 
@@ -49,7 +49,6 @@ KEPT = {
     "LICENCE*": "license",
     "NOTICE*": "license",
 }
-METHODS = ("none", "nf4", "fp4", "int8")
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def add(  # noqa: PLR0913
     folder = locate(Path(path))
     adapter = read_adapter(folder, chosen.allow_fields)
     findings = [*adapter.findings, *check_values(adapter)]
-    _refuse(adapter, findings)
+    replace(adapter, findings=tuple(findings)).require_sound()
     base = _base(chosen.base)
     if base is not None:
         findings += doubt(adapter, base)
@@ -117,13 +116,6 @@ def add(  # noqa: PLR0913
     )
     doubts = tuple(finding for finding in findings if finding.severity == WARNING)
     return Ingested(added, info, skipped, doubts)
-
-
-def _refuse(adapter: Adapter, findings: list[Finding]) -> None:
-    adapter.require_sound()
-    errors = [finding for finding in findings if finding.severity == ERROR]
-    if errors:
-        raise DamagedError(f"{clean(adapter.name)} is damaged:\n{listing(errors)}")
 
 
 def _fitting(adapter: Adapter, base: Base, findings: list[Finding]) -> list[Finding]:

@@ -37,14 +37,15 @@ def locate(source: Source, registry: Registry | None = None) -> Folder:
         )
     with opened(registry) as store:
         version = store.resolve(found)
-        files = {path: FileSource.open(blob, path) for path, blob in store.files(found).items()}
-        manifest = store.manifest(found)
+        exact = version.ref  # a tag may move in between
+        files = {path: FileSource.open(blob, path) for path, blob in store.files(exact).items()}
+        manifest = store.manifest(exact)
         recorded = (manifest.base or {}).get("sketch")
         sketch = None
         if recorded:
             blob = store.blob(recorded["digest"].removeprefix("sha256:"))
             sketch = FileSource.open(blob, "the sketch of the base")
-        return Folder(str(version.ref), files, manifest=manifest, sketch=sketch)
+        return Folder(str(exact), files, manifest=manifest, sketch=sketch)
 
 
 @contextmanager

@@ -6,9 +6,11 @@ Rules: peft 0.21 `tuners/tuners_utils.py` (check_target_module_exists) and `util
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from adapterkit.hub.bases.base import CONV1D, LINEAR, Module
@@ -18,28 +20,36 @@ from adapterkit.registry.errors import DamagedError
 # All patterns of one config together; honest ones need milliseconds.
 TIME_LIMIT = 3.0
 MAX_PATTERN = 20_000
+PLAIN = re.compile(r"[\w.-]*")
+# Of all counts in braces multiplied: the engine unrolls them.
+MAX_REPEATS = 10_000
+COUNT = re.compile(r"\{([^}]*)")
+RECURSION = re.compile(r"\(\?(?:R|&|P>|[+-]?\d)")
 
 
 class Patterns:
     """Regular expressions of one config, matched within one common time limit (seconds)."""
 
     def __init__(self, time_limit: float = TIME_LIMIT) -> None:
-        self._left = time_limit
+        self._limit = self._left = time_limit
         self._compiled: dict[str, Any] = {}
 
     def match(self, pattern: str, text: str, field: str) -> Any:
-        """The match of the whole `text`, or None. DamagedError if `pattern` is not a usable regex."""
+        """The match of the whole `text`, or None. DamagedError if it is not a usable regex."""
         import regex
 
         started = time.monotonic()
         try:
-            found = self._compile(pattern, field).fullmatch(text, timeout=max(self._left, 0.001))
+            compiled = self._compile(pattern, field)
+            if self._left <= 0:
+                raise TimeoutError
+            found = compiled.fullmatch(text, timeout=self._left)
         except TimeoutError as error:
             raise DamagedError(
-                f"{field} holds a pattern that takes longer than {TIME_LIMIT:g} s to match"
+                f"{field} holds a pattern that takes longer than {self._limit:g} s to match"
                 f" (catastrophic backtracking): {clean(pattern)}"
             ) from error
-        except regex.error as error:
+        except (regex.error, MemoryError, RecursionError) as error:
             raise _unusable(field, pattern, str(error)) from error
         self._left -= time.monotonic() - started
         return found
@@ -47,9 +57,9 @@ class Patterns:
     def _compile(self, pattern: str, field: str) -> Any:
         import regex
 
-        if len(pattern) > MAX_PATTERN:
-            raise _unusable(field, pattern, f"{len(pattern)} characters long")
         if pattern not in self._compiled:
+            if reason := _excess(pattern):
+                raise _unusable(field, pattern, reason)
             try:
                 self._compiled[pattern] = regex.compile(pattern)
             except (regex.error, RecursionError, OverflowError, MemoryError) as error:
@@ -57,7 +67,22 @@ class Patterns:
         return self._compiled[pattern]
 
 
+def _excess(pattern: str) -> str:
+    """Why compiling or matching it could take all memory, which no deadline prevents; else ""."""
+    if len(pattern) > MAX_PATTERN:
+        return f"{len(pattern)} characters long"
+    if RECURSION.search(pattern):
+        return "recursion"
+    repeats = 1
+    for count in COUNT.findall(pattern):
+        if not re.fullmatch(r"\d{0,4}(?:,\d{0,4})?", count):
+            return f"the count {{{count}}}"
+        repeats *= max((int(n) for n in count.split(",") if n), default=1) or 1
+    return "too many repeats" if repeats > MAX_REPEATS else ""
+
+
 def _unusable(field: str, pattern: str, reason: str) -> DamagedError:
+    reason = clean(reason)
     return DamagedError(f"{field} is not a valid regular expression: {clean(pattern)}: {reason}")
 
 
@@ -76,6 +101,14 @@ class Targets:
     layers_pattern: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
 
+    @cached_property
+    def _entries(self) -> frozenset[str]:
+        return frozenset(self.modules or ())
+
+    @cached_property
+    def _barred_entries(self) -> frozenset[str]:
+        return frozenset(self.exclude or ())
+
     def select(self, names: Mapping[str, Module]) -> list[str]:
         """The names that are targeted, in order."""
         patterns = Patterns()
@@ -85,15 +118,14 @@ class Targets:
         """Entries of the target list that no name ends with."""
         if not isinstance(self.modules, tuple):
             return []
-        every = list(names)
-        return [entry for entry in self.modules if not any(_ends(name, entry) for name in every)]
+        every = {end for name in names for end in _ends(name)}
+        return [entry for entry in self.modules if entry not in every]
 
     def is_saved(self, name: str) -> bool:
         """Whether a module is replaced as a whole, or lies inside one that is: PEFT takes every
         module whose path ends with an entry, so that "norm" means "input_layernorm" as well."""
-        parts = name.split(".")
-        paths = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return any(path.endswith(entry) for entry in self.saved for path in paths)
+        path = f"{name}."
+        return any(f"{entry}." in path for entry in self.saved)
 
     def _is_barred(self, name: str) -> bool:
         """Saved modules are never targeted; here PEFT compares whole names of the path."""
@@ -107,16 +139,14 @@ class Targets:
             if self.modules.lower() == "all-linear":
                 return names[name].type in (LINEAR, CONV1D) and not _is_head(name, names)
             return patterns.match(self.modules, name, "target_modules") is not None
-        if name in (self.modules or ()):
+        if name in self._entries:
             return True
-        return any(_ends(name, entry) for entry in self.modules or ()) and self._in_layers(
-            name, patterns
-        )
+        return not self._entries.isdisjoint(_ends(name)) and self._in_layers(name, patterns)
 
     def _is_excluded(self, name: str, patterns: Patterns) -> bool:
         if isinstance(self.exclude, str):
             return patterns.match(self.exclude, name, "exclude_modules") is not None
-        return any(_ends(name, entry) for entry in self.exclude or ())
+        return not self._barred_entries.isdisjoint(_ends(name))
 
     def _in_layers(self, name: str, patterns: Patterns) -> bool:
         if self.layers is None:
@@ -128,22 +158,40 @@ class Targets:
         for pattern in self.layers_pattern:
             rule = rf"(?:|.*?\.)(?:{pattern})\.(?P<layer>\d+)\..*"
             if match := patterns.match(rule, name, "layers_pattern"):
-                return int(match["layer"]) in self.layers
+                return (match["layer"] or "").isdecimal() and int(match["layer"]) in self.layers
         return False
 
 
-def _ends(name: str, entry: str) -> bool:
-    return name == entry or name.endswith(f".{entry}")
+def _ends(name: str) -> list[str]:
+    """What an entry of a list may say to mean `name`: it, or its last names."""
+    return [name] + [name[i + 1 :] for i, c in enumerate(name) if c == "."]
 
 
 def _is_head(name: str, names: Mapping[str, Module]) -> bool:
-    """Output heads are outside of "all-linear": the last linear of a model, outside of its layers."""
+    """Output heads are outside of "all-linear": the last linear of a model, outside its layers."""
     return "." not in name or names[name].tied_to is not None
 
 
 def by_pattern(table: Mapping[str, Any], name: str, patterns: Patterns, field: str) -> Any:
-    """The value of the first key that matches the end of `name`, or None (PEFT's get_pattern_key)."""
+    """The value of the first key that matches the end of `name`, or None (PEFT's get_pattern_key).
+
+    Keys are mostly plain paths, hundreds of them, and need no engine.
+    """
     for key, value in table.items():
-        if patterns.match(rf"(?:.*\.)?(?:{key})", name, field) is not None:
+        if PLAIN.fullmatch(key):
+            if _is_end(key, name):
+                return value
+        elif patterns.match(rf"(?:.*\.)?(?:{key})", name, field) is not None:
             return value
     return None
+
+
+def _is_end(key: str, name: str) -> bool:
+    """Whether a key without special characters but the dot, which means any, matches the end."""
+    start = len(name) - len(key)
+    if start < 0 or (start > 0 and name[start - 1] != "."):
+        return False
+    end = name[start:]
+    if end != key and not all(k in (".", c) for k, c in zip(key, end, strict=True)):
+        return False
+    return "\n" not in name

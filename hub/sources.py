@@ -7,11 +7,12 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from adapterkit.hub.findings import clean
 from adapterkit.registry.errors import DamagedError, NotFoundError
 from adapterkit.registry.manifest import Manifest
+from adapterkit.registry.strictjson import check_size, parse_object
 
 
 class ByteSource(Protocol):
@@ -51,16 +52,19 @@ class FileSource:
         return cls(path, name or path.name, status.st_size)
 
     def read(self, start: int, size: int) -> bytes:
-        with self.path.open("rb") as file:
-            data = os.pread(file.fileno(), size, start)
-            while len(data) < size:  # pread stops at 2 GiB
-                more = os.pread(file.fileno(), size - len(data), start + len(data))
-                if not more:
-                    raise DamagedError(
-                        f"{clean(self.name)} is truncated: expected {size} bytes at {start},"
-                        f" found {len(data)}"
-                    )
-                data += more
+        try:
+            with self.path.open("rb") as file:
+                data = os.pread(file.fileno(), size, start)
+                while len(data) < size:  # pread stops at 2 GiB
+                    more = os.pread(file.fileno(), size - len(data), start + len(data))
+                    if not more:
+                        raise DamagedError(
+                            f"{clean(self.name)} is truncated: expected {size} bytes at {start},"
+                            f" found {len(data)}"
+                        )
+                    data += more
+        except OSError as error:
+            raise DamagedError(f"{clean(self.name)} cannot be read: {error.strerror}") from error
         return data
 
 
@@ -90,9 +94,12 @@ def open_folder(path: Path) -> Folder:
     Symbolic links are refused (DamagedError, all of them named): an imported folder must not
     reach outside itself. Links of a Hub cache into its own blobs are followed.
     """
-    if not path.exists():
-        raise NotFoundError(f"{clean(str(path))} does not exist")
-    if not path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:  # also a loop of links, a name too long, or with a NUL
+        reason = getattr(error, "strerror", None) or str(error)
+        raise NotFoundError(f"{clean(str(path))} does not exist: {reason}") from error
+    if not stat.S_ISDIR(mode):
         raise DamagedError(
             f"{clean(str(path))} is a file, expected a folder; archives are not opened: their size"
             " is unknown and paths inside them can lead outside",
@@ -100,7 +107,7 @@ def open_folder(path: Path) -> Folder:
         )
     files: dict[str, ByteSource] = {}
     links: list[str] = []
-    for parent, folders, names in os.walk(path):
+    for parent, folders, names in os.walk(path, onerror=_unreadable):
         here = Path(parent)
         linked = [name for name in folders if (here / name).is_symlink()]
         for name in sorted(names + linked):
@@ -112,17 +119,27 @@ def open_folder(path: Path) -> Folder:
                 files[relative] = FileSource.open(place, relative)
         folders.sort()
     if links:
-        shown = ", ".join(f"{link} -> {(path / link).readlink()}" for link in links)
+        shown = ", ".join(f"{link} -> {(path / link).readlink()}" for link in links[:20])
         raise DamagedError(
             f"{clean(str(path))} holds a symbolic link, which may lead outside of the folder:"
-            f" {clean(shown)}",
+            f" {clean(shown, 2000)}",
             hint="copy the file itself into the folder",
         )
     return Folder(str(path), files, path)
 
 
+def read_object(source: ByteSource, name: str) -> dict[str, Any]:
+    """The JSON object in a file; DamagedError if it is none, before anything large is read."""
+    check_size(source.size, name)
+    return parse_object(source.read(0, source.size), name)
+
+
+def _unreadable(error: OSError) -> None:
+    raise DamagedError(f"{clean(str(error.filename))} cannot be read: {error.strerror}") from error
+
+
 def _in_hub_cache(folder: Path, link: Path) -> bool:
-    """Whether `folder` is a snapshot of huggingface_hub's cache and the link points to its blobs."""
+    """Whether `folder` is a snapshot of huggingface_hub's cache, the link one into its blobs."""
     snapshot = folder.resolve()
     if snapshot.parent.name != "snapshots":
         return False

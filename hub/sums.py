@@ -1,14 +1,13 @@
-"""A `manifest.json` beside the weights that lists files and sums: a claim, held against the files."""
+"""A `manifest.json` beside the weights, which lists files and sums: a claim, to be compared."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import PurePosixPath, PureWindowsPath
 
-from adapterkit.hub.findings import clean
-from adapterkit.hub.sources import ByteSource, Folder
+from adapterkit.hub.findings import clean, several
+from adapterkit.hub.sources import ByteSource, Folder, read_object
 from adapterkit.registry.errors import DamagedError
-from adapterkit.registry.strictjson import parse_object
 
 NAME = "manifest.json"
 CHUNK = 1 << 22
@@ -19,13 +18,12 @@ def check_sums(folder: Folder) -> None:
     size is not the one listed. A folder without such a list, or another manifest, is fine."""
     if NAME not in folder.files:
         return
-    source = folder.files[NAME]
-    rows = parse_object(source.read(0, source.size), f"{folder.name}/{NAME}").get("files")
+    rows = read_object(folder.files[NAME], f"{clean(folder.name)}/{NAME}").get("files")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         return
     faults = [fault for row in rows for fault in _faults(row, folder)]
     if faults:
-        raise DamagedError(f"{clean(folder.name)}/{NAME}: {'; '.join(faults)}")
+        raise DamagedError(f"{clean(folder.name)}/{NAME}: {several(faults)}")
 
 
 def _faults(row: dict[str, object], folder: Folder) -> list[str]:
@@ -38,7 +36,7 @@ def _faults(row: dict[str, object], folder: Folder) -> list[str]:
     size, digest = row.get("size"), row.get("sha256")
     if size is not None and size != source.size:
         return [f"{clean(path)} has size {source.size}, listed as {clean(repr(size))}"]
-    if digest is not None and digest != _sha256(source):
+    if digest is not None and str(digest).lower() != _sha256(source):
         return [f"{clean(path)} does not have the sha256 checksum that is listed"]
     return []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from adapterkit.registry.errors import DamagedError
@@ -23,23 +23,12 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
     of a surrogate pair, which no UTF-8 can hold.
     NaN and Infinity parse to floats (Python writes them); whoever reads the field refuses them.
     """
-    if len(data) > MAX_SIZE:
-        raise DamagedError(f"{name} has {len(data)} bytes, more than the {MAX_SIZE} allowed for JSON")
+    check_size(len(data), name)
+    repeated: list[str] = []
     try:
-        text = data.decode("utf-8-sig")
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=noting(repeated))
     except UnicodeDecodeError as error:
         raise DamagedError(f"{name} is not UTF-8 encoded JSON: {error}") from error
-    repeated: list[str] = []
-
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
-            counts = Counter(key for key, _ in items)
-            repeated.extend(sorted(key for key, n in counts.items() if n > 1))
-        return found
-
-    try:
-        value = json.loads(text, object_pairs_hook=pairs)
     except (ValueError, RecursionError) as error:  # a number of 4300 digits is a ValueError too
         detail = "nested too deeply" if isinstance(error, RecursionError) else error
         raise DamagedError(f"{name} is not JSON: {detail}") from error
@@ -50,12 +39,32 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
         raise DamagedError(f"{name} holds {_kind(value)}, expected a JSON object")
     if depth(value) > MAX_DEPTH:
         raise DamagedError(f"{name} is nested deeper than {MAX_DEPTH} levels")
-    if b"\\u" in data and not _is_text(value):
+    if b"\\u" in data and not is_text(value):
         raise DamagedError(f"{name} holds half of a surrogate pair, which is not text")
     return value
 
 
-def _is_text(value: object) -> bool:
+def check_size(size: int, name: str) -> None:
+    """Raises DamagedError if a file of `size` bytes is too large to be parsed."""
+    if size > MAX_SIZE:
+        raise DamagedError(f"{name} has {size} bytes, more than the {MAX_SIZE} allowed for JSON")
+
+
+def noting(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """A hook for json.loads that appends the keys an object repeats."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            counts = Counter(key for key, _ in items)
+            repeated.extend(sorted(key for key, n in counts.items() if n > 1))
+        return found
+
+    return pairs
+
+
+def is_text(value: object) -> bool:
+    """Whether every string in `value` can be encoded."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -12,6 +12,8 @@ from adapterkit.hub.sources import ByteSource
 LINEAR, CONV1D, EMBEDDING, NORM, CONV, EXPERTS, OTHER = (
     "linear", "conv1d", "embedding", "norm", "conv", "experts", "other",
 )  # fmt: skip
+# Of quantization; how a base is stored, loaded, or was when an adapter was trained.
+METHODS = ("none", "nf4", "fp4", "int8")
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from typing import Any
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.findings import clean
-from adapterkit.hub.sources import Folder
+from adapterkit.hub.sources import Folder, read_object
 from adapterkit.registry.errors import NotFoundError
-from adapterkit.registry.strictjson import parse_object
 
 # name -> module with claims(config) and read(folder, config, allow_fields)
 FORMATS = {"peft": "adapterkit.hub.formats.peft"}
@@ -36,10 +35,9 @@ def read_folder(folder: Folder, allow_fields: Collection[str] = ()) -> Adapter:
 
 def _config(folder: Folder) -> dict[str, Any]:
     if CONFIG in folder.files:
-        source = folder.files[CONFIG]
-        return parse_object(source.read(0, source.size), f"{folder.name}/{CONFIG}")
+        return read_object(folder.files[CONFIG], f"{clean(folder.name)}/{CONFIG}")
     inside = sorted(path for path in folder.files if path.endswith(f"/{CONFIG}"))
-    hint = f"give one of its subfolders: {', '.join(inside)}" if inside else None
+    hint = f"give one of its subfolders: {', '.join(map(clean, inside[:10]))}" if inside else None
     state = "is empty" if not folder.files else "is not an adapter folder"
     raise NotFoundError(f"{clean(folder.name)} {state}: {CONFIG} is missing", hint=hint)
 

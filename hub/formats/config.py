@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from adapterkit.hub.findings import clean
 from adapterkit.registry.errors import DamagedError
+
+# What no honest config has more of: bounds the work that lists and patterns ask for.
+MAX_NAMES = 10_000
+LARGEST = sys.float_info.max
 
 
 class ConfigReader:
@@ -67,26 +71,29 @@ class ConfigReader:
     def names(self, field: str) -> tuple[str, ...]:
         """A list of non-empty strings, or one string."""
         value = self.config.get(field)
-        if value is None:
+        if value is None or value == "":
             return ()
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
             self.fault(field, "a list of names")
+            return ()
+        if len(names) > MAX_NAMES:
+            self.fault(field, f"{MAX_NAMES} names at most")
             return ()
         return tuple(names)
 
     def names_or_pattern(self, field: str) -> tuple[str, ...] | str | None:
         """A list of names stays one; a string is a regular expression."""
         value = self.config.get(field)
-        if value is None or (isinstance(value, str) and value):
-            return value
+        if value is None or isinstance(value, str):
+            return value or None
         if not isinstance(value, list):
             self.fault(field, "a list of names or a regular expression")
             return None
         return self.names(field)
 
     def integers(self, field: str) -> tuple[int, ...] | None:
-        """Non-negative integers: a list, or one."""
+        """Non-negative integers: a list, or one; None for an empty list."""
         value = self.config.get(field)
         if value is None:
             return None
@@ -94,7 +101,7 @@ class ConfigReader:
         if not all(is_index(item) for item in values):
             self.fault(field, "non-negative integers")
             return None
-        return tuple(values)
+        return tuple(values) or None
 
     def numbers_by_pattern(self, field: str, *, integer: bool) -> dict[str, Any]:
         """pattern -> positive integer (a rank), or finite number (an alpha)."""
@@ -108,6 +115,9 @@ class ConfigReader:
             kind = "positive integers" if integer else "numbers"
             self.fault(field, f"an object of pattern to {kind}")
             return {}
+        if len(value) > MAX_NAMES:
+            self.fault(field, f"{MAX_NAMES} patterns at most")
+            return {}
         return dict(value)
 
 
@@ -115,7 +125,7 @@ def is_number(value: object) -> bool:
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and math.isfinite(float(value))
+        and abs(value) <= LARGEST  # false for NaN; an integer may be too large for any float
     )
 
 

@@ -81,7 +81,7 @@ def _kind(config: Mapping[str, Any], name: str) -> str:
         raise DamagedError(
             f"{clean(name)}/{CONFIG}: peft_type is {shown}, expected {value.upper()}"
         )
-    if value in config_rules.OTHER_TYPES:
+    if isinstance(value, str) and value in config_rules.OTHER_TYPES:
         raise NotFoundError(
             f"{clean(name)}: adapters of type {shown} are known, but not applied by this version",
             hint=f"this version reads {' and '.join(config_rules.KINDS)}",

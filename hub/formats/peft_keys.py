@@ -34,6 +34,7 @@ NAMED = re.compile(
 TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 # What other tools leave in front of the path: compiled, distributed, doubly wrapped models.
 STRAYS = ("_orig_mod.", "module.", PREFIX)
+IN_FRONT = re.compile("(?:" + "|".join(map(re.escape, STRAYS)) + ")*")
 
 
 @dataclass
@@ -122,9 +123,7 @@ def _named(names: set[str]) -> Finding:
 
 
 def _stray(key: str) -> Finding:
-    path = key
-    while path.startswith(STRAYS):
-        path = path.removeprefix(next(stray for stray in STRAYS if path.startswith(stray)))
+    path = IN_FRONT.sub("", key, count=1)
     recognised = any(path.endswith(ending) for ending in ENDINGS)
     if recognised and (PREFIX + path) != key:
         hint = "rename the tensors, or save the adapter again with save_pretrained"

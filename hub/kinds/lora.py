@@ -50,6 +50,7 @@ class Lora:
                 pairs += bool(held)
                 if held:
                     found += _pair(adapter.fields, module, tensors, pair)
+            found += _without_factors(module, tensors)
         fields = adapter.fields
         if not pairs:
             found.append(Finding(ERROR, "no-factors", "the weights", "lora factors", "none"))
@@ -58,6 +59,7 @@ class Lora:
             found.append(
                 Finding(ERROR, "no-targets", "target_modules", "names or a pattern", shown)
             )
+        found += replaced.problems(adapter, fields.replaced)
         return found + _untrained_bias(adapter, fields)
 
     def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
@@ -165,6 +167,18 @@ def _pair(
                     Finding(ERROR, "rank-mismatch", tensors[role].key, f"r = {rank}", shape)
                 )
     return found
+
+
+def _without_factors(module: str, tensors: Mapping[str, Stored]) -> list[Finding]:
+    """What belongs to a pair that is not there at all."""
+    if any(role in tensors for pair in PAIRS for role in pair):
+        return []
+    want = "a pair of factors beside it"
+    return [
+        Finding(ERROR, "missing-tensor", module, want, f"none, only {tensors[role].key}")
+        for role in ("magnitude", "B_bias")
+        if role in tensors
+    ]
 
 
 def _unmatched(

@@ -40,6 +40,25 @@ def schema(
     return Schema(tensors | rows, tuple(findings + _absent(adapter, modules)))
 
 
+def problems(adapter: Adapter, fields: ReplacedFields) -> list[Finding]:
+    """Trained rows that the config names and the file lacks, or the other way round."""
+    stored = {m: tensor for (m, role), tensor in adapter.tensors.items() if role == "tokens"}
+    found = []
+    for entry, rows in fields.tokens.items():
+        if not any(belongs(name, entry) for name in stored):
+            where, want = entry or "the input embedding", f"{len(rows)} trained token rows"
+            found.append(Finding(ERROR, "missing-tensor", where, want, "none"))
+    for name, tensor in stored.items():
+        n_rows = [len(rows) for entry, rows in fields.tokens.items() if belongs(name, entry)]
+        if not n_rows:
+            about = "token rows, though the config trains none there"
+            found.append(Finding(ERROR, "unexpected-tensor", tensor.key, "no token rows", about))
+        elif len(tensor.shape) == 2 and tensor.shape[0] != n_rows[0]:
+            want, has = f"{n_rows[0]} token rows", f"shape {list(tensor.shape)}"
+            found.append(Finding(ERROR, "shape-mismatch", tensor.key, want, has))
+    return found
+
+
 def stored_shape(module: Module) -> tuple[int, ...]:
     """The weight as torch keeps it: transformers' Conv1D is transposed."""
     return module.shape[::-1] if module.type == CONV1D else module.shape
@@ -87,13 +106,7 @@ def _rows(
     tensors: dict[tuple[str, str], Expected] = {}
     findings = []
     for entry, rows in fields.tokens.items():
-        names = [name for name in stored if belongs(name, entry)]
-        if not names:
-            where = entry or "the input embedding"
-            findings.append(
-                Finding(ERROR, "missing-tensor", where, f"{len(rows)} trained token rows", "none")
-            )
-        for name in (name for name in names if name in modules):
+        for name in (name for name in stored if belongs(name, entry) and name in modules):
             table = modules[name]
             tensors[name, "tokens"] = Expected((len(rows), table.shape[-1]))
             if max(rows) >= table.shape[0]:

@@ -22,11 +22,8 @@ class TrainableTokens:
         return Summary("trainable tokens")
 
     def problems(self, adapter: Adapter) -> list[Finding]:
-        return [
-            finding
-            for (_, role), stored in adapter.tensors.items()
-            for finding in form_faults(role, stored)
-        ]
+        found = [f for (_, role), t in adapter.tensors.items() for f in form_faults(role, t)]
+        return found + replaced.problems(adapter, adapter.fields.replaced)
 
     def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
         return replaced.schema(adapter, adapter.fields.replaced, modules, ())
