@@ -1,0 +1,192 @@
+"""The LoRA family against the logits that the reference libraries gave (index.json, `cases`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from adapterkit.hub import attach
+from adapterkit.registry.errors import AdapterError, AdapterWarning
+
+DATA = Path(os.environ.get("ADAPTERKIT_FIXTURES") or Path(__file__).parents[1] / "data").resolve()
+CASES: list[dict[str, Any]] = json.loads((DATA / "index.json").read_text())["cases"]
+FAMILY = {
+    "lora", "rslora", "dora", "qlora", "qdora", "lora_embedding", "lora_trainable_tokens",
+    "trainable_tokens", "multi_lora", "quantized_base",
+}  # fmt: skip
+INPUTS = (
+    "input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask",
+)  # fmt: skip
+# What the message has to say when an adapter is refused: by its format, by PEFT's name of its type,
+# or by the option that changes the result.
+BY_FORMAT = {
+    "adapters": "AdapterHub",
+    "mlx-lm": "MLX-LM",
+    "moslora-v0.10": "lora_use_mixer",
+    "moslora-v0.3": "is a pickle",
+    "llm-adapters": "BOTTLENECK",
+}
+BY_KIND = {
+    "lora_moe": "target_parameters|no match",
+    "lora_alora": "alora_invocation_tokens",
+    "lora_layer_replication": "layer_replication",
+    "lora_pissa": "init_lora_weights 'pissa'",
+    "lora_olora": "init_lora_weights 'olora'",
+}
+
+
+def is_peft(case: dict[str, Any]) -> bool:
+    """Whether all its adapters are PEFT folders of safetensors and of a kind that is applied."""
+    return all(
+        adapter["format"] == "peft"
+        and adapter.get("peft_type") in ("LORA", "TRAINABLE_TOKENS")
+        and "adapter_model.safetensors" in adapter["files"]
+        for adapter in case["adapters"]
+    )
+
+
+FORWARD = [
+    case
+    for case in CASES
+    if case["kind"] in FAMILY and case["operation"]["op"] in ("forward", "set_adapter")
+]
+APPLIED = [case for case in FORWARD if is_peft(case) and "repair_or_refuse" not in case["tags"]]
+WILD = [case for case in FORWARD if "repair_or_refuse" in case["tags"]]
+OTHERS = [
+    case for case in CASES if case["operation"]["op"] == "forward" and case not in APPLIED + WILD
+]
+
+
+def refusal(case: dict[str, Any]) -> str:
+    """A pattern of the message for the first of its adapters."""
+    adapter = case["adapters"][0]
+    kind = adapter.get("peft_type")
+    if adapter["format"] in BY_FORMAT:
+        return BY_FORMAT[adapter["format"]]
+    if case["kind"] in BY_KIND:
+        return BY_KIND[case["kind"]]
+    if kind not in (None, "LORA", "TRAINABLE_TOKENS"):
+        return str(kind)
+    return (
+        "is a pickle"
+        if "adapter_model.bin" in adapter["files"]
+        else "adapter_config.json|peft_type"
+    )
+
+
+@lru_cache(maxsize=4)
+def model_of(base: str, load: str) -> Any:
+    """One model for all cases with this base: each case also shows that the one before it left
+    nothing behind."""
+    settings = json.loads(load)
+    extra: dict[str, Any] = {}
+    if settings.get("quantization"):
+        extra["quantization_config"] = transformers.BitsAndBytesConfig(**settings["quantization"])
+        extra["device_map"] = settings.get("device_map")
+    dtype = getattr(torch, settings["dtype"])
+    loader = getattr(transformers, settings["class"], transformers.AutoModel)
+    return loader.from_pretrained(DATA / base, dtype=dtype, **extra).eval()
+
+
+def model_for(case: dict[str, Any]) -> Any:
+    rows = case["operation"].get("resize_token_embeddings")
+    make = model_of.__wrapped__ if rows else model_of
+    model = make(case["base_path"], json.dumps(case["base_load"], sort_keys=True))
+    if rows:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return model
+
+
+def logits(model: Any, case: dict[str, Any]) -> torch.Tensor:
+    inputs = load_file(DATA / case["inputs"]["file"])
+    with torch.inference_mode():
+        return model(**{k: v for k, v in inputs.items() if k in INPUTS}).logits.float()
+
+
+def distance(found: torch.Tensor, tensor: str, case: dict[str, Any]) -> float:
+    """Largest difference over the positions that count."""
+    expected = load_file(DATA / case["expected"]["file"])[tensor].float()
+    gap = (found - expected).abs()
+    mask = case["compare"]["mask"]
+    if mask is not None:
+        gap = gap[load_file(DATA / case["inputs"]["file"])[mask].bool()]
+    return float(gap.max())
+
+
+def check_logits(found: torch.Tensor, case: dict[str, Any]) -> None:
+    """The reference, or one of the alternatives it names (4-bit products on some CPUs)."""
+    compare = case["compare"]
+    accepted = [{"tensor": "logits", "atol": compare["atol"]}, *compare.get("alternatives", ())]
+    gaps = {row["tensor"]: distance(found, row["tensor"], case) for row in accepted}
+    assert any(gaps[row["tensor"]] <= row["atol"] for row in accepted), gaps
+
+
+@pytest.mark.filterwarnings("ignore::adapterkit.registry.errors.AdapterWarning")
+@pytest.mark.parametrize("case", APPLIED, ids=lambda case: case["id"])
+def test_every_case_gives_the_logits_of_its_reference(case: dict[str, Any]) -> None:
+    """With PEFT's order of activation where the case records that DoRA depends on it."""
+    model = model_for(case)
+    dialect = "peft" if "order_dependent" in case["tags"] else "exact"
+    sources = {adapter["name"]: DATA / adapter["path"] for adapter in case["adapters"]}
+    with attach(model, sources, dialect=dialect) as adapters:
+        if case["operation"]["op"] == "set_adapter":
+            adapters.activate(case["operation"]["adapters"])
+        check_logits(logits(model, case), case)
+
+
+@pytest.mark.filterwarnings("ignore::adapterkit.registry.errors.AdapterWarning")
+@pytest.mark.parametrize("case", WILD, ids=lambda case: case["id"])
+def test_damaged_key_names_are_repaired_or_refused_never_dropped(case: dict[str, Any]) -> None:
+    """PEFT warns about all but one of these and runs the base."""
+    model = model_for(case)
+    source = DATA / case["adapters"][0]["path"]
+    if case["id"].endswith("adapter_name_left_in"):
+        with attach(model, [source]):
+            check_logits(logits(model, case), case)
+        return
+    with pytest.raises(AdapterError, match="wrong-prefix") as caught:
+        attach(model, [source])
+    assert "layers.0.self_attn.q_proj.lora_A" in str(caught.value)
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case["id"])
+def test_what_is_not_applied_is_refused_by_name(case: dict[str, Any]) -> None:
+    """Never half: PEFT's pickles, other tools' folders, and options that change the result."""
+    model = model_for({**case, "operation": {}})
+    own = {id(module) for module in model.modules() if "forward" in vars(module)}
+    expected = refusal(case)
+    sources = {adapter["name"]: DATA / adapter["path"] for adapter in case["adapters"]}
+    with warnings.catch_warnings(), pytest.raises(AdapterError, match=f"(?s){expected}"):
+        warnings.simplefilter("error", AdapterWarning)
+        attach(model, sources)
+    assert {id(module) for module in model.modules() if "forward" in vars(module)} == own
+
+
+def test_the_order_of_activation_changes_nothing_but_in_pefts_dialect() -> None:
+    """In PEFT a DoRA rescales what was activated before it, so A+dora is not dora+A."""
+    cases = {case["id"]: case for case in APPLIED}
+    case = cases["llama.active_lora_dora"]
+    sources = {adapter["name"]: DATA / adapter["path"] for adapter in case["adapters"]}
+    model = model_for(case)
+    found = {}
+    for dialect in ("exact", "peft"):
+        for order in (["A", "dora"], ["dora", "A"]):
+            with (
+                pytest.warns(AdapterWarning),
+                attach(model, sources, dialect=dialect) as adapters,
+            ):
+                adapters.activate(order)
+                found[dialect, *order] = logits(model, case)
+    torch.testing.assert_close(
+        found["exact", "A", "dora"], found["exact", "dora", "A"], atol=1e-5, rtol=0
+    )
+    assert (found["peft", "A", "dora"] - found["peft", "dora", "A"]).abs().max() > 0.1
