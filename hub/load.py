@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base
@@ -58,7 +58,7 @@ def load(  # noqa: PLR0913
     base: str | Path,
     adapters: Mapping[str, float] | Sequence[Source] | Source | None = None,
     *,
-    quantization: str | None = None,
+    quantization: str | BitsAndBytesConfig | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     registry: Registry | None = None,
@@ -69,23 +69,22 @@ def load(  # noqa: PLR0913
     """The base as a transformers model in evaluation mode, adapters attached and active.
 
     adapters: references or folders -> weights, or a list of them with weight 1;
-    `attached(model)` is their handle. quantization: none, int8, nf4 or fp4. dtype: of the weights
-    that stay dense, and of the products on a 4-bit base. resize: grow the vocabulary to that of
+    `attached(model)` is their handle. quantization: none, int8, nf4 or fp4 (4 bits with double
+    quantization), or a config of transformers. dtype: of the weights that stay dense, and of the
+    products on a 4-bit base. resize: grow the vocabulary to that of
     the adapter's tables. settings: the other fields of attach's Options.
     The class follows the adapters' task, the number of labels their head.
     Raises MismatchError with all findings, before the base is loaded, if one does not belong to it.
     """
-    if quantization not in (None, *METHODS):
-        raise InvalidError(
-            f"quantization is {quantization!r}, expected one of {', '.join(METHODS)}"
-        )
+    config = _bitsandbytes(quantization, dtype)
+    method = _method(config)
     place = base if isinstance(base, Path) else find_base(base)
     described = read_base(place)
     found = _find(adapters, registry, settings.get("allow_fields", ()))
     rows = _vocabulary(found, described) if resize else None
     if rows is None:
-        _refuse(found, described, quantization, registry, strict)
-    model = _model(place, described, found, quantization, device=device, dtype=dtype)
+        _refuse(found, described, method, registry, strict)
+    model = _model(place, described, found, config, device=device, dtype=dtype)
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)
     if torch.device(device).type == "cpu" and quantization_of(model).method in ("nf4", "fp4"):
@@ -176,7 +175,7 @@ def _vocabulary(found: list[Found], base: Base) -> int | None:
 
 
 def _model(
-    place: Path, base: Base, found: list[Found], quantization: str | None, **where: Any
+    place: Path, base: Base, found: list[Found], config: BitsAndBytesConfig | None, **where: Any
 ) -> PreTrainedModel:
     """where: device and dtype. Nothing is fetched, and no code of the checkpoint is run."""
     settings: dict[str, Any] = {
@@ -186,8 +185,7 @@ def _model(
         "trust_remote_code": False,
         "device_map": {"": where["device"]},
     }
-    if quantization not in (None, "none"):
-        settings["quantization_config"] = _bitsandbytes(str(quantization), where["dtype"])
+    settings |= {"quantization_config": config} if config is not None else {}
     labels = _labels(found)
     settings |= {"num_labels": labels} if labels else {}
     loader: Any = getattr(transformers, _class(base, found))
@@ -195,16 +193,36 @@ def _model(
     return model
 
 
-def _bitsandbytes(method: str, dtype: torch.dtype) -> Any:
-    config: Any = transformers.BitsAndBytesConfig
-    if method == "int8":
-        return config(load_in_8bit=True)
-    return config(
+def _bitsandbytes(
+    quantization: str | BitsAndBytesConfig | None, dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """transformers' config for a method. Raises InvalidError for a method that is not known."""
+    if quantization is None or isinstance(quantization, BitsAndBytesConfig):
+        return quantization
+    if quantization not in METHODS:
+        raise InvalidError(
+            f"quantization is {quantization!r}, expected one of {', '.join(METHODS)}"
+        )
+    make: Any = BitsAndBytesConfig
+    found: dict[str, BitsAndBytesConfig | None] = {
+        "none": None,
+        "int8": make(load_in_8bit=True),
+    }
+    if quantization in found:
+        return found[quantization]
+    four_bits: BitsAndBytesConfig = make(
         load_in_4bit=True,
-        bnb_4bit_quant_type=method,
+        bnb_4bit_quant_type=quantization,
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )
+    return four_bits
+
+
+def _method(config: BitsAndBytesConfig | None) -> str | None:
+    if config is None:
+        return None
+    return "int8" if config.load_in_8bit else str(config.bnb_4bit_quant_type)
 
 
 def _class(base: Base, found: list[Found]) -> str:
