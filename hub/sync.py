@@ -184,9 +184,8 @@ def _split_tags(
     """
     elsewhere = {t for t in on_it if t in there and shortest(there[t]) != shortest(version)}
     kept = elsewhere - set(named)
-    return tuple(sorted({t for t in on_it if t not in there} | elsewhere - kept)), tuple(
-        sorted(kept)
-    )
+    moved = {t for t in on_it if t not in there} | (elsewhere - kept)
+    return tuple(sorted(moved)), tuple(sorted(kept))
 
 
 def _pieces(manifest: Manifest, id: str, attachments: Iterable[Attachment]) -> list[Piece]:

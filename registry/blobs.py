@@ -6,7 +6,7 @@ import hashlib
 import re
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -137,8 +137,10 @@ class Blobs:
                 with file:
                     self._fill(file, digest, size, fetch, progress)
                     new = self._keep(part, file, digest)
-            except DamagedError:
-                self.files.unlink(part)
+            except BaseException as error:
+                # A partial blob under its own name is gone on with; others would only lie there.
+                if isinstance(error, DamagedError) or part.stem != digest:
+                    self.files.unlink(part)
                 raise
         return Blob(digest, size, new)
 
@@ -192,10 +194,15 @@ class Blobs:
             self.files.rename(part, path)
         else:
             self.files.unlink(part)
-        # Also when it was there: who put it may not have come to this yet.
-        for folder in (path.parent, self.root):
-            self.files.fsync_folder(folder)
+        self.settle([digest])
         return new
+
+    def settle(self, digests: Iterable[str]) -> None:
+        """Make the names of blobs that are there durable: whoever put them may not have come to
+        that yet."""
+        for folder in {self.path(digest).parent for digest in digests}:
+            self.files.fsync_folder(folder)
+        self.files.fsync_folder(self.root)
 
     def _copy(self, content: Content, target: BinaryIO) -> tuple[str, int]:
         if isinstance(content, bytes):

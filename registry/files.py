@@ -29,7 +29,7 @@ class Files:
 
     def create(self, path: Path) -> BinaryIO:
         """A new file, to be written; FileExistsError when there is one."""
-        return path.open("xb", buffering=0)
+        return path.open("x+b", buffering=0)
 
     def open(self, path: Path) -> BufferedReader:
         return path.open("rb")

@@ -140,6 +140,7 @@ class Registry(ReadingSide):
                 f"{ref.at(number)} lacks its blobs {', '.join(d[:12] for d in absent)}"
             )
         blob = self.put_blob(manifest, parsed.id)
+        self.home.blobs.settle(sizes)
         with self.home.write() as change:
             number, created = commit.version(change, ref.at(number), parsed.id, movable, entries)
         return Added(ref.at(number), parsed.id, created, parsed.size, blob.size if blob.new else 0)

@@ -12,8 +12,8 @@ from typing import BinaryIO
 from adapterkit.registry.files import Files
 
 CHANGES = (
-    "create", "open_update", "write", "truncate", "fsync", "fsync_folder", "rename", "link",
-    "unlink", "chmod", "mkdir",
+    "create", "open_update", "open_partial", "write", "truncate", "fsync", "fsync_folder",
+    "rename", "link", "unlink", "chmod", "mkdir",
 )  # fmt: skip
 
 

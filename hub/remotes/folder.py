@@ -65,7 +65,10 @@ class FolderRemote:
     def has(self, digest: str, size: int) -> bool:
         with self._errors():
             found = self.blobs.stamp(digest)
-        return found is not None and found.size == size
+            if found is None or found.size != size:
+                return False
+            self.blobs.settle([digest])
+            return True
 
     def send(self, digest: str, size: int, source: Path, progress: Progress) -> None:
         def read(start: int) -> BinaryIO:
