@@ -116,14 +116,8 @@ def test_detach_restores_the_base_bit_for_bit(
     untouched, model = load_llama(**quantization), load_llama(**quantization)
     expected = run(untouched)
     structure = structure_of(model)
-    names = [
-        "dora",
-        "lora_qv",
-        "lora_modules_to_save",
-        "lora_tokens",
-        "lora_embedding",
-        "rslora_patterns",
-    ]
+    names = ["dora", "lora_qv", "lora_modules_to_save", "lora_tokens", "lora_embedding"]
+    sources = {name: case(name) for name in (*names, "rslora_patterns")}
     adapters = attach(model, sources)
     assert (run(model) - expected).abs().max() > 0.1
     adapters.activate({"dora": -1.5, "lora_modules_to_save": 0.5})
@@ -156,7 +150,7 @@ def test_the_same_adapter_plus_and_minus_cancels(
     name: str,
 ) -> None:
     model = load_llama(**quantization)
-    with attach(model, {"a": case("lora_layers"), "b": case(name), "c": case(name)}) as adapters:
+    with attach(model, {"a": case("dora_rslora"), "b": case(name), "c": case(name)}) as adapters:
         adapters.activate({"a": 1})
         alone = run(model)
         adapters.activate({"a": 1, "b": 1, "c": -1})
@@ -228,7 +222,7 @@ def test_remove_keeps_the_others_active(llama: Any, case: Callable[[str], Path])
 def test_every_tensor_of_the_file_is_in_the_report(
     llama: Any, case: Callable[[str], Path], fixtures: Path
 ) -> None:
-    sources = {name: case(name) for name in ("dora", "lora_embedding", "lora_modules_to_save_norm")}
+    sources = {name: case(name) for name in ("dora", "lora_embedding", "lora_modules_to_save")}
     with attach(llama, sources) as adapters:
         for name, source in sources.items():
             keys = load_file(source / "adapter_model.safetensors").keys()
