@@ -11,7 +11,7 @@ from pathlib import Path
 from adapterkit.hub.findings import clean
 from adapterkit.hub.remotes.base import Progress, Published, Remote, find
 from adapterkit.hub.remotes.plans import Piece, PullPlan, PushPlan
-from adapterkit.registry.attaching import entry, same
+from adapterkit.registry.attaching import METRICS, NOTE, entry, same
 from adapterkit.registry.errors import ConflictError, DamagedError, InvalidError, NotFoundError
 from adapterkit.registry.manifest import Manifest
 from adapterkit.registry.records import Attachment, Version
@@ -212,6 +212,8 @@ def _fetch_manifest(remote: Remote, source: Published) -> bytes:
 
 def _check_attachment(registry: Registry, attachment: Attachment) -> None:
     """Raises DamagedError when its content is not of its kind."""
+    if attachment.kind not in (METRICS, NOTE):
+        return
     key = f"{attachment.kind}/{attachment.name}" if attachment.name else attachment.kind
     try:
         entry(key, registry.read_attachment(attachment))

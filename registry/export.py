@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import uuid
 from pathlib import Path
 
@@ -14,32 +13,37 @@ from adapterkit.registry.manifest import Manifest
 
 
 def export(home: Home, manifest: Manifest, folder: Path, name: str) -> Path:
-    """All or nothing: the files come together in a folder beside it, which is then renamed.
+    """All or nothing, every byte checked on the way: the files come together in a folder of their
+    own, which is renamed at the end.
 
-    Every byte is checked on the way. Raises ConflictError unless `folder` is new or empty.
+    A folder that is there stays the folder it is (it may be somebody's current one): the files are
+    moved into it. Raises ConflictError unless it is new or empty.
     """
     target = folder.absolute()
-    part = target.with_name(f".{target.name[:100]}.{uuid.uuid4().hex[:12]}.part")
     with storage_errors(f"{name} cannot be written to {folder}"):
-        _check_free(target)
-        home.files.mkdir(part)
+        there = _is_there(target)
+        part = (target if there else target.parent) / f".{uuid.uuid4().hex}.part"
         try:
+            home.files.mkdir(part)
             for file in manifest.files:
                 _copy(home, file.digest, part / file.path, f"{name}: {file.path}")
-            _rename(home, part, target)
-        except BaseException:
+            if there:
+                _move(home, part, target)
+            else:
+                home.files.rename(part, target)
+        finally:
             home.files.remove_tree(part)
-            raise
     return folder
 
 
-def _check_free(target: Path) -> None:
+def _is_there(target: Path) -> bool:
     if not target.exists() and not target.is_symlink():
-        return
+        return False
     if not target.is_dir():
         raise ConflictError(f"{target} is a file", hint="name a new folder")
     if any(target.iterdir()):
         raise ConflictError(f"{target} is not empty", hint="name a new or an empty folder")
+    return True
 
 
 def _copy(home: Home, digest: str, path: Path, name: str) -> None:
@@ -53,10 +57,17 @@ def _copy(home: Home, digest: str, path: Path, name: str) -> None:
         raise DamagedError(f"{name} holds other bytes than were stored, of digest {found[:12]}")
 
 
-def _rename(home: Home, part: Path, target: Path) -> None:
+def _move(home: Home, part: Path, target: Path) -> None:
+    moved: list[Path] = []
     try:
-        home.files.rename(part, target)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise ConflictError(f"{target} was filled while {part.name} was made") from error
+        for entry in sorted(part.iterdir()):
+            if (target / entry.name).exists():
+                raise ConflictError(f"{target} was filled in the meantime: it has {entry.name}")
+            home.files.rename(entry, target / entry.name)
+            moved.append(target / entry.name)
+    except BaseException:
+        for path in moved:
+            home.files.remove_tree(path)
+            if path.exists():
+                home.files.unlink(path)
         raise

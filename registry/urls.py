@@ -81,7 +81,7 @@ def _file(scheme: str, rest: str) -> Url:
     if rest.lower().startswith("localhost/"):
         rest = rest[len("localhost") :]
     path = unquote(rest)
-    if not path.startswith("/") or "\0" in path:
+    if not path.startswith("/") or not path.isprintable():
         raise InvalidError(
             f"'file://{rest[:200]}' is not an absolute folder", hint="write file:///folder"
         )

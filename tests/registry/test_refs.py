@@ -92,7 +92,7 @@ BAD = [
     "s3://bucket", "hf://org/name#sql", "hf://tok@org/name", "hf://org/name@", "hf://org/name@a..b",
     "hf+https://user:secret@host/org/name", "hf+http://hub.acme.com/org/name", "hf+https://host/a/b/c",
     "hf+https://host/name", "hf+https://host#", "hf+https://host", "oci://host", "oci://host/UPPER",
-    "oci://host/a:b:c", "hf://org/name?x=1", "://x", "hf://", "file://",
+    "oci://host/a:b:c", "hf://org/name?x=1", "://x", "hf://", "file://", "file:///a%0Ab#sql", "file:///a%00b#sql",
 ]  # fmt: skip
 
 

@@ -329,6 +329,28 @@ def test_export_writes_the_files_and_only_into_an_empty_folder(registry, tmp_pat
     assert not (tmp_path / "nowhere").exists()
 
 
+def test_export_keeps_an_empty_folder_that_is_there(registry, tmp_path, monkeypatch, faults):
+    """It may be the current one of a shell."""
+    registry.add("sql", {"a": b"1", "b": b"2", "c/d": b"3"}, LORA)
+    here = tmp_path / "here"
+    here.mkdir()
+    inode = here.stat().st_ino
+    monkeypatch.chdir(here)
+
+    def second(number, name):
+        if name == "rename" and faulty.names.count(name) == 2:
+            raise OSError(28, "No space left on device")
+
+    registry.home.files = faulty = faults.Counting(second)
+    with pytest.raises(AdapterError, match="No space"):
+        registry.export("sql", here)
+    assert list(here.iterdir()) == []
+    registry.home.files = faults.Counting()
+    registry.export("sql", here)
+    assert (here / "c" / "d").read_bytes() == b"3" and here.stat().st_ino == inode
+    assert sorted(p.name for p in here.iterdir()) == ["a", "b", "c"]
+
+
 def test_export_of_a_damaged_version_leaves_nothing(registry, tmp_path):
     registry.add("sql", {"a": b"1", "b": b"2"}, LORA)
     registry.files("sql")["b"].unlink()
