@@ -56,12 +56,12 @@ def check(
     try:
         folder = locate(source, registry)
         adapter = read_adapter(folder, allow_fields)
+        doubts = doubt(adapter, described)
+        described = for_task(described, adapter)
+        findings = fit(adapter, described) + doubts  # raises when a pattern takes too long
+        findings += _values(adapter) if deep else []
     except AdapterError as error:
         return _unreadable(str(source), described.name, error)
-    doubts = doubt(adapter, described)
-    described = for_task(described, adapter)
-    findings = fit(adapter, described) + doubts
-    findings += _values(adapter) if deep else []
     broken = any(finding.severity == ERROR for finding in findings)
     identity = Identity(FITS, "none", ()) if broken else identify(folder, described, deep=deep)
     return judge(folder, described, findings, identity, quantization)

@@ -71,7 +71,9 @@ def clean(text: str, limit: int = 200) -> str:
     """`text` safe to print: control and invisible characters escaped, the middle cut when long."""
     if len(text) > 2 * limit:  # of a text of megabytes only the ends are looked at
         text = text[:limit] + text[-limit:]
-    shown = "".join(c if c.isprintable() or c == " " else repr(c)[1:-1] for c in text)
+    shown = text
+    if not text.isprintable():
+        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     if len(shown) <= limit:
         return shown
     half = limit // 2 - 3

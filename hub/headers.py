@@ -6,7 +6,6 @@ the data belongs to exactly one tensor (https://github.com/huggingface/safetenso
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from adapterkit.hub.findings import clean, several
 from adapterkit.hub.sources import ByteSource
 from adapterkit.registry.errors import DamagedError
-from adapterkit.registry.strictjson import is_text, noting
+from adapterkit.registry.strictjson import is_text, loads
 
 # bits, since the format has types smaller than a byte
 DTYPE_BITS = {
@@ -113,7 +112,7 @@ def _refuse_other_formats(prefix: bytes, name: str, size: int) -> None:
 def _parse(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, str]]:
     repeated: list[str] = []
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=noting(repeated))
+        value = loads(data.decode("utf-8"), repeated)
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"{name} has a header that is not JSON: {clean(str(error))}") from error
     if not isinstance(value, dict):

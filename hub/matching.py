@@ -114,6 +114,17 @@ class Targets:
         patterns = Patterns()
         return [name for name in names if self._is_target(name, names, patterns)]
 
+    def require_usable(self, names: Iterable[str]) -> None:
+        """Raises DamagedError if a pattern is not a regex, or takes too long for any of `names`."""
+        patterns = Patterns()
+        both = {"target_modules": self.modules, "exclude_modules": self.exclude}
+        for field, value in both.items():
+            if isinstance(value, str):
+                for name in ("", *names):
+                    patterns.match(value, name, field)
+        for entry in self.layers_pattern:
+            patterns.match(_layer_rule(entry), "", "layers_pattern")
+
     def unmatched(self, names: Iterable[str]) -> list[str]:
         """Entries of the target list that no name ends with."""
         if not isinstance(self.modules, tuple):
@@ -156,10 +167,13 @@ class Targets:
             found = [part for part in name.split(".")[2:-1] if part.isdecimal()]
             return bool(found) and int(found[0]) in self.layers
         for pattern in self.layers_pattern:
-            rule = rf"(?:|.*?\.)(?:{pattern})\.(?P<layer>\d+)\..*"
-            if match := patterns.match(rule, name, "layers_pattern"):
+            if match := patterns.match(_layer_rule(pattern), name, "layers_pattern"):
                 return (match["layer"] or "").isdecimal() and int(match["layer"]) in self.layers
         return False
+
+
+def _layer_rule(pattern: str) -> str:
+    return rf"(?:|.*?\.)(?:{pattern})\.(?P<layer>\d+)\..*"
 
 
 def _ends(name: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from adapterkit.registry.errors import DamagedError
@@ -13,6 +13,8 @@ from adapterkit.registry.errors import DamagedError
 # Deeper nesting than any adapter or model config; well under Python's recursion limit.
 MAX_DEPTH = 64
 MAX_SIZE = 64 << 20
+# 1e30 is in every tokenizer's config.
+MAX_DIGITS = 100
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
@@ -26,10 +28,10 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
     check_size(len(data), name)
     repeated: list[str] = []
     try:
-        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=noting(repeated))
+        value = loads(data.decode("utf-8-sig"), repeated)
     except UnicodeDecodeError as error:
         raise DamagedError(f"{name} is not UTF-8 encoded JSON: {error}") from error
-    except (ValueError, RecursionError) as error:  # a number of 4300 digits is a ValueError too
+    except (ValueError, RecursionError) as error:
         detail = "nested too deeply" if isinstance(error, RecursionError) else error
         raise DamagedError(f"{name} is not JSON: {detail}") from error
     if repeated:
@@ -50,8 +52,12 @@ def check_size(size: int, name: str) -> None:
         raise DamagedError(f"{name} has {size} bytes, more than the {MAX_SIZE} allowed for JSON")
 
 
-def noting(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    """A hook for json.loads that appends the keys an object repeats."""
+def loads(text: str, repeated: list[str]) -> Any:
+    """The value in `text`; keys that an object repeats are appended to `repeated`.
+
+    Raises ValueError, also for integers no config has, as reading digits takes quadratic time;
+    RecursionError.
+    """
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
@@ -60,7 +66,13 @@ def noting(repeated: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, A
             repeated.extend(sorted(key for key, n in counts.items() if n > 1))
         return found
 
-    return pairs
+    return json.loads(text, object_pairs_hook=pairs, parse_int=_integer)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def is_text(value: object) -> bool:

@@ -34,6 +34,7 @@ def read(folder: Folder, config: Mapping[str, Any], allow_fields: Collection[str
     base, revision = reader.text("base_model_name_or_path"), reader.text("revision")
     task, writer = reader.text("task_type"), reader.text("peft_version")
     fields, places, keys = _canonical(reader, kind, header, targets)
+    targets.require_usable(module for module, _ in places)
     names, unknown = config_rules.unknown(config, kind, allow_fields)
     findings += config_rules.refusals(config) + unknown + keys.findings
     return Adapter(
