@@ -14,6 +14,7 @@ from adapterkit.hub.remotes.plans import Piece, PullPlan, PushPlan
 from adapterkit.registry.attaching import METRICS, NOTE, entry, same
 from adapterkit.registry.errors import ConflictError, DamagedError, InvalidError, NotFoundError
 from adapterkit.registry.manifest import Manifest
+from adapterkit.registry.reading import bare_name
 from adapterkit.registry.records import Attachment, Version
 from adapterkit.registry.refs import LATEST, Ref
 from adapterkit.registry.registry import Registry
@@ -78,7 +79,7 @@ def plan_pull(
     """
     wanted = ref if isinstance(ref, Ref) else Ref.parse(ref)
     source = find(remote, wanted)
-    target = Ref.parse(name or source.name).at(source.version)
+    target = bare_name(name or source.name).at(source.version)
     here = _recorded(registry, target)
     if here is not None and here.id != source.id:
         raise ConflictError(

@@ -133,7 +133,7 @@ def _fill_manifest(db: Database, id: str, read: ReadBlob) -> None:
         manifest = Manifest.parse(data, f"the manifest {id[:12]}")
     except DamagedError as error:
         damaged = str(error)
-    facts = facts_of(manifest)
+    facts, variant = facts_of(manifest), _text(manifest.adapter.get("variant"))
     row: dict[str, object] = {"id": id, "data": data, "size": manifest.size}
     row |= {"n_files": len(manifest.files), "damaged": damaged}
     row |= {name: getattr(facts, name) for name in ("kind", "rank", "format", "base", "revision")}
@@ -149,7 +149,7 @@ def _fill_manifest(db: Database, id: str, read: ReadBlob) -> None:
     db.execute(
         "INSERT INTO search (rowid, names, targets, notes, base)"
         " SELECT rowid, '', ?, '', ? FROM manifests WHERE id = ?",
-        [" ".join((facts.kind, *facts.targets)), facts.base, id],
+        [" ".join((facts.kind, variant, *facts.targets)), facts.base, id],
     )
 
 
@@ -160,12 +160,10 @@ def facts_of(manifest: Manifest) -> Facts:
     """
     adapter, base = manifest.adapter, manifest.base or {}
     quantization = manifest.quantization or {}
-    ranks = adapter.get("ranks")
-    rank = adapter.get("rank", max(_integers(ranks), default=None))
     return Facts(
         kind=_text(adapter.get("kind")),
-        rank=next(iter(_integers([rank])), None),
-        targets=tuple(_text(t) for t in _items(adapter.get("targets")) if isinstance(t, str)),
+        rank=_integer(adapter.get("rank")),
+        targets=tuple(name for name in _items(adapter.get("target_modules")) if _text(name)),
         format=_text(adapter.get("format")),
         base=_text(base.get("id")),
         revision=_text(base.get("revision")),
@@ -181,6 +179,5 @@ def _items(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _integers(value: object) -> list[int]:
-    rows = list(value.values()) if isinstance(value, dict) else _items(value)
-    return [n for n in rows if isinstance(n, int) and not isinstance(n, bool)]
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -69,7 +69,7 @@ def test_a_process_killed_at_any_point_leaves_no_half_change(tmp_path, proof, fa
     total = n_changes(tmp_path / "counted", faults.Counting())
     every = check(tmp_path / "counted")
     seen = set()
-    for last in points(total, proof(60, 10_000)):
+    for last in points(total, proof(45, 10_000)):
         home = tmp_path / f"home{last}"
 
         def work(home: Path = home, last: int = last) -> None:

@@ -27,7 +27,8 @@ from adapterkit.registry.log import make_record
 from adapterkit.registry.reading import default_home
 
 LORA = Meaning(
-    {"kind": "LORA", "rank": 8, "targets": ["q_proj", "v_proj"]}, base={"id": "org/base"}
+    {"kind": "LORA", "rank": 8, "target_modules": ["q_proj", "v_proj"], "variant": "DoRA"},
+    base={"id": "org/base"},
 )
 
 
@@ -172,7 +173,8 @@ def test_patterns_match_names_with_and_without_local(registry, add):
 def test_search_finds_targets_notes_and_names(registry, add):
     add(meaning=LORA), add(b"2", name="tone")
     registry.attach("tone", "note", b"answers politely", "why")
-    assert refs(registry.search("q_proj")) == ["sql@1.0"]
+    for text in ("q_proj", "dora", "org/base q_proj"):
+        assert refs(registry.search(text)) == ["sql@1.0"]
     assert refs(registry.search("politely")) == ["tone@1.0"]
     assert refs(registry.search("tone")) == ["tone@1.0"]
     assert registry.search('"') == [] and registry.search("no AND OR (") == []
@@ -391,7 +393,7 @@ def test_add_takes_a_name_only(registry, name):
 
 
 def test_hostile_facts_are_ignored_not_trusted(registry):
-    odd = {"kind": {"a": 1}, "rank": "x", "targets": [1, "q", None], "format": 3}
+    odd = {"kind": {"a": 1}, "rank": "x", "target_modules": [1, "q", None], "format": 3}
     registry.add("sql", {"w": b"x"}, Meaning(odd, base={"id": 5}, quantization={"method": []}))
     facts = registry.resolve("sql").facts
     assert (facts.kind, facts.rank, facts.targets, facts.base) == ("", None, ("q",), "")

@@ -73,6 +73,8 @@ def test_the_local_name_may_be_another(here, there, remote):
     plan = pull(there, remote, "team/sql:best", "mine")
     assert str(plan.ref) == "mine@1.0"
     assert there.resolve("mine:best").id == here.resolve("team/sql@1.0").id
+    with pytest.raises(InvalidError):
+        sync.plan_pull(there, remote, "team/sql", "mine@2.0")
 
 
 def test_references_mean_the_same_in_a_remote(here, remote):
