@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from adapterkit.hub.bases.base import Base
-from adapterkit.hub.bases.digests import touched_digest
+from adapterkit.hub.bases.digests import layout_digest, touched_digest
 from adapterkit.hub.bases.fingerprint import Fingerprint
 from adapterkit.hub.bases.likeness import EXACT, OTHER, SketchResult, compare_sketch
 from adapterkit.hub.bases.sketch import parse_sketch
@@ -58,7 +58,7 @@ def identify(folder: Folder, base: Base, *, deep: bool, compare: Compare | None 
         for name, why in sorted(result.uncompared.items())
     )
     if not result.compared:
-        return Identity(FITS, "layout", (*notes, *uncompared))
+        return Identity(FITS, _layout(known, base), (*notes, *uncompared))
     if deep and known.touched is not None and base.tensors:
         return _touched(known, base, sketch, result, (*notes, *uncompared))
     verdict = FITS if uncompared else SAME_CAST
@@ -75,7 +75,13 @@ def _without_sketch(known: Fingerprint, base: Base, notes: tuple[Finding, ...]) 
         "none recorded",
         hint,
     )
-    return Identity(FITS, "layout" if known.layout else "none", (*notes, doubt))
+    return Identity(FITS, _layout(known, base), (*notes, doubt))
+
+
+def _layout(known: Fingerprint, base: Base) -> str:
+    """`layout` when names, dtypes and shapes are those recorded, else `none`."""
+    same = known.layout is not None and known.layout == layout_digest(base.tensors)
+    return "layout" if same else "none"
 
 
 def _touched(

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from adapterkit.hub.bases.base import CONV1D, LINEAR, Module
@@ -192,7 +192,7 @@ def by_pattern(table: Mapping[str, Any], name: str, patterns: Patterns, field: s
     Keys are mostly plain paths, hundreds of them, and need no engine.
     """
     for key, value in table.items():
-        if PLAIN.fullmatch(key):
+        if _is_plain(key):
             if _is_end(key, name):
                 return value
         elif patterns.match(rf"(?:.*\.)?(?:{key})", name, field) is not None:
@@ -200,12 +200,17 @@ def by_pattern(table: Mapping[str, Any], name: str, patterns: Patterns, field: s
     return None
 
 
+@lru_cache(1 << 14)
+def _is_plain(key: str) -> bool:
+    return PLAIN.fullmatch(key) is not None
+
+
 def _is_end(key: str, name: str) -> bool:
     """Whether a key without special characters but the dot, which means any, matches the end."""
     start = len(name) - len(key)
-    if start < 0 or (start > 0 and name[start - 1] != "."):
+    if start < 0 or (start > 0 and name[start - 1] != ".") or "\n" in name:
         return False
     end = name[start:]
-    if end != key and not all(k in (".", c) for k, c in zip(key, end, strict=True)):
-        return False
-    return "\n" not in name
+    if end == key or end.count(".") >= key.count("."):  # only a dot of the key matches a dot
+        return end == key
+    return all(k in (".", c) for k, c in zip(key, end, strict=True))
