@@ -149,21 +149,27 @@ class Home:
             self._warn_shorter()
             self.rebuild()
         elif size > place.offset:
-            shared = self.files.writable(self.path)
+            shared = self.catalog.path is not None
             with self.lock() if shared else nullcontext(), self.catalog.transaction():
                 self.catalog.catch_up(self.log, self.blobs.read)
 
     def read(self, query: Callable[[Catalog], T]) -> T:
-        """The answer of `query` over an up-to-date catalog; a broken one is made anew first."""
+        """The answer of `query` over an up-to-date catalog.
+
+        A broken one is made anew; where the disk is full, one in memory answers.
+        """
         with self.guard, self._errors():
             try:
                 self._refresh()
                 return query(self.catalog)
             except sqlite3.DatabaseError as error:
-                if not _is_broken(error):
-                    message = f"the catalog of {self.path} cannot be read: {error}"
-                    raise AdapterError(message) from error
-            self.rebuild()
+                broken = _is_broken(error)
+            if broken:
+                self.rebuild()
+            else:
+                self.catalog.close()
+                self.catalog = Catalog(None)
+                self._refresh()
             return query(self.catalog)
 
     def remember(self, digest: str, stamp: Stamp) -> None:

@@ -191,6 +191,23 @@ def test_a_catalog_that_fails_after_the_commit_is_repaired(tmp_path, monkeypatch
     check(home)
 
 
+def test_a_full_disk_under_the_catalog_stops_neither_writers_nor_readers(tmp_path):
+    """Only the log must be written; what the catalog misses of it is read into memory."""
+    home = tmp_path / "home"
+    with Registry(home) as registry, Registry(home) as other:
+        registry.add("sql", FILES, LORA)
+        for each in (registry, other):
+            each.home.catalog.db.execute("PRAGMA max_page_count = 1").fetchall()
+        large = Meaning({"kind": "x" * 50_000})
+        with pytest.warns(AdapterWarning, match="full"):
+            registry.add("sql", {"w": b"2"}, large)
+        for each in (registry, other):
+            assert [v.version for v in each.list()] == ["1.0", "1.1"]
+        registry.add("sql", {"w": b"3"}, large)
+        assert [v.version for v in other.list()] == ["1.0", "1.1", "1.2"]
+    assert check(home) == 3
+
+
 def test_three_processes_add_at_once(tmp_path):
     home = tmp_path / "home"
     command = [sys.executable, "-c", ADDER, str(home)]
