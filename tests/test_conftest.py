@@ -21,8 +21,9 @@ def run(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     (folder / "conftest.py").write_text(CONFTEST.read_text())
     (folder / "test_it.py").write_text(TEST)
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(folder)]
+    outer = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     return subprocess.run(
-        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True
+        command, cwd=folder, env=outer | environment, capture_output=True, text=True
     )
 
 
