@@ -37,8 +37,8 @@ def command(app: App, keep: Path | None) -> None:
     """Play the whole story on a tiny model, from nothing.
 
     Trains a tiny base model and three adapters, then adds, checks, pushes, pulls and composes them,
-    and tests on the way that every step did what it says. Needs no GPU and no network, takes about
-    half a minute, and leaves nothing behind without --keep.
+    and tests on the way that every step did what it says. Needs no GPU and no network, takes less
+    than a minute, and leaves nothing behind without --keep.
     """
     with workplace(keep) as root, Bars(app) as bars:
         stays = "stays" if keep else "is removed at the end"
@@ -147,11 +147,11 @@ def suggestions(keep: Path | None) -> dict[str, str]:
     # A bare a/b would be a model of the Hub.
     folder = str(keep) if keep.is_absolute() or str(keep).startswith(".") else f"./{keep}"
     store, base, other = (shlex.quote(f"{folder}/{n}") for n in ("registry", "base", "other"))
-    home = f"adapter --home {store}"
     return {
-        f"{home} list": "",
-        f"{home} show demo/sea": "",
-        f"{home} check demo/sea --base {base}": "it fits",
-        f"{home} check demo/sea --base {other}": "it does not",
+        f"export ADAPTERKIT_HOME={store}": "",
+        "adapter list": "",
+        "adapter show demo/sea": "",
+        f"adapter check demo/sea --base {base}": "fits",
+        f"adapter check demo/sea --base {other}": "refused",
         f"adapter base {base}": "",
     }

@@ -56,8 +56,8 @@ class Demo:
     """root: an empty folder for everything the demo makes."""
 
     def __init__(self, root: Path, progress: model.Progress) -> None:
-        self.root, self.progress = root, progress
-        self.base, self.store, self.remote = root / "base", root / "registry", root / "remote"
+        self.root, self.progress = root.absolute(), progress
+        self.base, self.store, self.remote = (self.root / n for n in ("base", "registry", "remote"))
         self.training = {w: model.encode(corpus.text(w, SENTENCES)) for w in corpus.WORLDS}
         self.held_out = {
             w: model.encode(corpus.text(w, HELD_OUT, held_out=True)) for w in corpus.WORLDS
