@@ -66,7 +66,7 @@ def command(
             continue
         found = check(
             source, base=against, quantization=quantization, deep=deep, allow_fields=allow_fields,
-            registry=app.registry,
+            registry=lambda: app.registry,
         )  # fmt: skip
         reports.append(found)
     codes = [exit_code(report, strict=strict) for report in reports]
@@ -91,7 +91,7 @@ def named_base(app: App, source: str) -> Base | Report:
     from adapterkit.hub.read import read_adapter
 
     try:
-        folder = locate(source, app.registry)
+        folder = locate(source, lambda: app.registry)
         recorded = (folder.manifest.base or {}).get("id") if folder.manifest else None
         name = str(recorded or read_adapter(folder).base_name or "")
     except AdapterError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import METHODS, Base
@@ -22,14 +21,11 @@ from adapterkit.hub.findings import (
 )
 from adapterkit.hub.fit import fit
 from adapterkit.hub.identity import Compare, Identity, identify
-from adapterkit.hub.locate import Source, locate
+from adapterkit.hub.locate import Opener, Source, locate
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import doubt, for_task
 from adapterkit.registry.errors import AdapterError, InvalidError, MismatchError
-
-if TYPE_CHECKING:
-    from adapterkit.registry import Registry
 
 
 def check(
@@ -39,7 +35,7 @@ def check(
     quantization: str | None = None,
     deep: bool = False,
     allow_fields: Collection[str] = (),
-    registry: Registry | None = None,
+    registry: Opener | None = None,
 ) -> Report:
     """Everything that speaks against using the adapter on the base, and the verdict.
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
 
 from adapterkit.hub.sources import FileSource, Folder, open_folder
 from adapterkit.hub.sums import check_sums
@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from adapterkit.registry import Registry
 
 Source = str | Path | Folder
+Opener = Union["Registry", Callable[[], "Registry"]]
 
 
-def locate(source: Source, registry: Registry | None = None) -> Folder:
+def locate(source: Source, registry: Opener | None = None) -> Folder:
     """The files of an adapter. A string follows the grammar of references: `./dir`, `team/sql@1.2`.
 
-    registry: where references are looked up; the user's own when None. Blobs are checked against
-    the registry's stamps. Raises NotFoundError, DamagedError, InvalidError.
+    registry: where references are looked up, or a function that opens it, called for a reference
+    only; the user's own when None. Blobs are checked against the registry's stamps.
+    Raises NotFoundError, DamagedError, InvalidError.
     """
     if isinstance(source, Folder):
         return source
@@ -49,10 +51,10 @@ def locate(source: Source, registry: Registry | None = None) -> Folder:
 
 
 @contextmanager
-def opened(registry: Registry | None) -> Iterator[Registry]:
+def opened(registry: Opener | None) -> Iterator[Registry]:
     """The registry given, left open; or the user's own, closed afterwards."""
     if registry is not None:
-        yield registry
+        yield registry() if callable(registry) else registry
         return
     from adapterkit.registry import Registry
 

@@ -119,8 +119,13 @@ class Adapters:
                 updates.setdefault(module, []).extend(Weighted(weight, p) for p in primitives)
         for module in updates.keys() - self._patches.keys():
             self._patches[module] = Patch(self._modules[module])
-        for module, patch in self._patches.items():
-            patch.activate(updates.get(module, ()), sequential=self._options.dialect == "peft")
+        sequential = self._options.dialect == "peft"
+        plans = {
+            module: patch.fold(updates.get(module, ()), sequential=sequential)
+            for module, patch in self._patches.items()
+        }
+        for module, plan in plans.items():  # nothing above can leave half of it active
+            self._patches[module].plan = plan
         self._active = active
 
     def detach(self) -> None:
@@ -194,7 +199,11 @@ def attach(
     found = Adapters(model, base, chosen)
     for name, source in named.items():
         found.add(name, source)
-    found.activate(list(named))
+    try:
+        found.activate(list(named))
+    except BaseException:
+        found.detach()
+        raise
     if "torch._dynamo" in sys.modules:  # code compiled before would not see the swapped forwards
         torch.compiler.reset()
     _attached[model] = found

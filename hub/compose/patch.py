@@ -38,16 +38,15 @@ class Patch:
         else:
             del self.module.forward
 
-    def activate(self, updates: Sequence[Weighted], *, sequential: bool) -> None:
-        """Folds the updates of all active adapters; an empty sequence is the base again."""
+    def fold(self, updates: Sequence[Weighted], *, sequential: bool) -> Plan | None:
+        """The plan for the updates of all active adapters, to be set as `plan`; None is the base."""
         if not updates:
-            self.plan = None
-            return
+            return None
         summed, replacements = split(updates)
         by_name: dict[str, list[Replacement]] = {}
         for weight, new in replacements:
             by_name.setdefault(new.name, []).append((weight, new))
-        self.plan = self._plan(fold(summed, sequential=sequential), by_name)
+        return self._plan(fold(summed, sequential=sequential), by_name)
 
     def _plan(self, sums: Sums, replaced: dict[str, list[Replacement]]) -> Plan:
         plan = Plan(sums)
