@@ -3,62 +3,35 @@
 from __future__ import annotations
 
 import sys
-import warnings
 import weakref
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base
-from adapterkit.hub.check import judge
-from adapterkit.hub.compose.live import compare_live
+from adapterkit.hub.compose.admit import Options, admit
 from adapterkit.hub.compose.lowering import Bound, Lowered, lower
 from adapterkit.hub.compose.model import describe_model
 from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.compose.plan import Weighted
-from adapterkit.hub.findings import ERROR, FITS, clean, listing
-from adapterkit.hub.fit import fit
-from adapterkit.hub.identity import Identity, identify
+from adapterkit.hub.findings import clean
 from adapterkit.hub.locate import Source, locate
 from adapterkit.hub.primitives import RowScale
-from adapterkit.hub.read import read_adapter
 from adapterkit.hub.sources import Folder
 from adapterkit.registry.errors import (
-    AdapterWarning,
     ConflictError,
     InvalidError,
-    MismatchError,
     NotFoundError,
 )
 
 if TYPE_CHECKING:
-    from adapterkit.registry import Registry
+    pass
 
-Dialect = Literal["exact", "peft"]
 _attached: weakref.WeakKeyDictionary[nn.Module, Adapters] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Options:
-    """How adapters are read and applied.
-
-    dtype: of the factors; None is each module's compute dtype. strict: doubts raise too.
-    allow_fields: unknown config fields that change nothing. dialect: "exact" adds the deltas;
-    "peft" lets a DoRA rescale what was activated before it, as PEFT does.
-    """
-
-    registry: Registry | None = None
-    dtype: torch.dtype | None = None
-    strict: bool = False
-    allow_fields: Collection[str] = ()
-    dialect: Dialect = "exact"
 
 
 class Adapters:
@@ -91,7 +64,7 @@ class Adapters:
         if name in self._lowered:
             raise ConflictError(f"an adapter is attached as {clean(name)} already")
         folder = locate(source, self._options.registry)
-        adapter = checked(folder, self._base, self._modules, self._options)
+        adapter = admit(folder, self._base, self._modules, self._options)
         self._lowered[name] = lower(adapter, self._base, self._modules, self._options.dtype)
 
     def remove(self, name: str) -> None:
@@ -213,29 +186,6 @@ def attach(
 def attached(model: nn.Module) -> Adapters | None:
     """What is attached to a model, or None."""
     return _attached.get(model)
-
-
-def checked(
-    folder: Folder, base: Base, modules: Mapping[str, nn.Module], options: Options
-) -> Adapter:
-    """The adapter, once nothing speaks against binding it to the model; doubts warn.
-
-    Raises MismatchError with every finding, MismatchError too for a doubt when strict.
-    """
-    adapter = read_adapter(folder, options.allow_fields)
-    adapter.require_sound()
-    findings = fit(adapter, base)
-    identity = Identity(FITS, "none", ())
-    if not any(finding.severity == ERROR for finding in findings):
-        compare = partial(compare_live, modules, base)
-        identity = identify(folder, base, deep=False, compare=compare)
-    report = judge(folder, base, findings, identity, None)
-    about = f"{clean(report.source)} on {clean(base.name)}: {report.verdict}"
-    if report.errors or (options.strict and report.warnings):
-        raise MismatchError(f"{about}\n{listing(report.findings)}")
-    if report.warnings:
-        warnings.warn(f"{about}\n{listing(report.warnings)}", AdapterWarning, stacklevel=4)
-    return adapter
 
 
 def _named(adapters: Mapping[str, Source] | Sequence[Source] | Source) -> dict[str, Source]:

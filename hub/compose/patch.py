@@ -39,7 +39,7 @@ class Patch:
             del self.module.forward
 
     def fold(self, updates: Sequence[Weighted], *, sequential: bool) -> Plan | None:
-        """The plan for the updates of all active adapters, to be set as `plan`; None is the base."""
+        """The plan for the updates of all active adapters, to be set as `plan`; None: the base."""
         if not updates:
             return None
         summed, replacements = split(updates)

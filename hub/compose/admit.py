@@ -1,0 +1,67 @@
+"""What an adapter has to pass before anything of it is copied onto a live model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import nn
+
+from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.bases.base import Base
+from adapterkit.hub.check import judge
+from adapterkit.hub.compose.live import compare_live
+from adapterkit.hub.findings import ERROR, FITS, clean, listing
+from adapterkit.hub.fit import fit
+from adapterkit.hub.identity import Identity, identify
+from adapterkit.hub.read import read_adapter
+from adapterkit.hub.sources import Folder
+from adapterkit.registry.errors import AdapterWarning, MismatchError
+
+if TYPE_CHECKING:
+    from adapterkit.registry import Registry
+
+Dialect = Literal["exact", "peft"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How adapters are read and applied.
+
+    dtype: of the factors; None is each module's compute dtype. strict: doubts raise too.
+    allow_fields: unknown config fields that change nothing. dialect: "exact" adds the deltas;
+    "peft" lets a DoRA rescale what was activated before it, as PEFT does.
+    """
+
+    registry: Registry | None = None
+    dtype: torch.dtype | None = None
+    strict: bool = False
+    allow_fields: Collection[str] = ()
+    dialect: Dialect = "exact"
+
+
+def admit(
+    folder: Folder, base: Base, modules: Mapping[str, nn.Module], options: Options
+) -> Adapter:
+    """The adapter, once nothing speaks against binding it to the model; doubts warn.
+
+    Raises MismatchError with every finding, MismatchError too for a doubt when strict.
+    """
+    adapter = read_adapter(folder, options.allow_fields)
+    adapter.require_sound()
+    findings = fit(adapter, base)
+    identity = Identity(FITS, "none", ())
+    if not any(finding.severity == ERROR for finding in findings):
+        compare = partial(compare_live, modules, base)
+        identity = identify(folder, base, deep=False, compare=compare)
+    report = judge(folder, base, findings, identity, None)
+    about = f"{clean(report.source)} on {clean(base.name)}: {report.verdict}"
+    if report.errors or (options.strict and report.warnings):
+        raise MismatchError(f"{about}\n{listing(report.findings)}")
+    if report.warnings:
+        warnings.warn(f"{about}\n{listing(report.warnings)}", AdapterWarning, stacklevel=5)
+    return adapter
