@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from adapterkit.cli.demo import folded, suggestions, workplace
 from adapterkit.cli.main import main
 from adapterkit.hub.compose.attach import Adapters
-from adapterkit.hub.demo import claims, corpus, story
+from adapterkit.hub.demo import claims, corpus, model, story
 from adapterkit.hub.demo.claims import DemoError
 from adapterkit.hub.findings import Report
 from adapterkit.registry import Registry
@@ -79,7 +79,8 @@ def played(kept):
     demo = story.Demo(kept[0] / "play", lambda label, done, total: None)
     with Registry(demo.store) as registry:
         demo.trained = {task: registry.metrics(f"demo/{task}")["loss"] for task in corpus.TASKS}
-    return demo, demo.compose()
+    with model.undisturbed():
+        return demo, demo.compose()
 
 
 @pytest.fixture

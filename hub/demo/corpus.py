@@ -30,8 +30,8 @@ WORLDS = {
 }
 PLAIN, *TASKS = WORLDS
 PATTERNS = ("the {a} {n} {v} the {b} {m}.", "the {n} is {a} and {b}.")
-# One sentence in eight, chosen by its checksum, is never trained on.
-HELD_OUT = 8
+# One sentence in so many, chosen by its checksum, is held out.
+ONE_IN = 8
 
 
 def text(world: str, sentences: int, *, held_out: bool = False) -> str:
@@ -40,7 +40,7 @@ def text(world: str, sentences: int, *, held_out: bool = False) -> str:
     found: list[str] = []
     while len(found) < sentences:
         sentence = _sentence(world, draw)
-        if (zlib.crc32(sentence.encode()) % HELD_OUT == 0) == held_out:
+        if (zlib.crc32(sentence.encode()) % ONE_IN == 0) == held_out:
             found.append(sentence)
     return " ".join(found)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,23 @@ ALPHABET = [*SPECIAL, " ", ".", *string.ascii_lowercase]  # 32: bitsandbytes wan
 # NF4 keeps one scale for 64 weights, so no row is shorter than that.
 HIDDEN, FEED_FORWARD, LAYERS, HEADS = 64, 192, 2, 2
 WINDOW, BATCH = 64, 12
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """One thread, as matrices this small gain nothing from more and lose much on a busy machine;
+    and no bars by transformers, which draws them even where there is no terminal."""
+    from transformers.utils import logging
+
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def tiny_model(seed: int, hidden: int = HIDDEN) -> LlamaForCausalLM:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,8 +32,6 @@ COMPOSITIONS: dict[str, dict[str, float]] = {
     MIX: {A: 0.7, B: 0.3},
     UNDONE: {A: 1, B: 1, AGAIN: -1},
 }
-
-
 COMPOSE = (
     f'>>> adapters = attach(model, {{"{A}": "demo/{A}", "{B}": "demo/{B}"}})',
     f'>>> adapters.activate({{"{A}": 0.7, "{B}": 0.3}})',
@@ -66,7 +63,7 @@ class Demo:
 
     def steps(self) -> Iterator[Step]:
         """Does the steps one by one. Raises DemoError at the first that is not as claimed."""
-        with _no_foreign_bars(), _one_thread():
+        with model.undisturbed():
             yield self.train_base()
             yield self.train_adapters()
             yield self.add()
@@ -183,7 +180,7 @@ class Demo:
     def _pull_damaged(self, registry: Registry, remote: Remote, digest: str) -> str:
         """What a pull says to a blob with one wrong byte, which is put right again."""
         (blob,) = self.remote.rglob(digest)
-        data = blob.read_bytes()
+        data, mode = blob.read_bytes(), blob.stat().st_mode
         blob.chmod(0o644)
         blob.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         try:
@@ -193,6 +190,7 @@ class Demo:
             return str(error)
         finally:
             blob.write_bytes(data)
+            blob.chmod(mode)
         raise claims.DemoError("a pull took a blob with a wrong byte, expected DamagedError")
 
     def compose(self) -> Step:
@@ -231,28 +229,3 @@ def _contents(network: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter and buffer, quantized weights as they are packed."""
     found = dict(network.named_parameters()) | dict(network.named_buffers())
     return {name: tensor.detach().clone() for name, tensor in found.items()}
-
-
-@contextmanager
-def _no_foreign_bars() -> Iterator[None]:
-    """transformers draws its bars even where there is no terminal."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from more, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
