@@ -6,6 +6,7 @@ Each command and its yardstick run in alternation, as processes of their own; me
 from __future__ import annotations
 
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -46,6 +47,9 @@ def main(runs: int) -> int:
             folder = sorted(path for path in ADAPTERS.iterdir() if path.name.startswith("llama_"))
             command = [PROGRAM, "add", str(folder[number]), name]
             subprocess.run(command, check=True, capture_output=True)
+        print("# Start-up times\n")
+        machine = f"{os.cpu_count()} cores, {platform.machine()}"
+        print(f"{runs} alternating runs, Python {platform.python_version()}, {machine}.\n")
         print("| command | median | yardstick | median | ratio | bar |\n|---|---|---|---|---|---|")
         good = True
         for text, (yardstick, bar) in BARS.items():
@@ -54,7 +58,7 @@ def main(runs: int) -> int:
             row = (f"`{text}`", f"{ours * 1000:.0f} ms", f"`{yardstick[-1]}`",
                    f"{theirs * 1000:.0f} ms", f"{ours / theirs:.2f}x", f"<= {bar}x")  # fmt: skip
             print(f"| {' | '.join(row)} |")
-    print("\nwithin the bars" if good else "\nOUTSIDE THE BARS")
+    print("\nAll within the bars." if good else "\nOUTSIDE THE BARS.")
     return 0 if good else 1
 
 
