@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -28,10 +26,8 @@ from adapterkit.registry.errors import (
     NotFoundError,
 )
 
-if TYPE_CHECKING:
-    pass
-
-_attached: weakref.WeakKeyDictionary[nn.Module, Adapters] = weakref.WeakKeyDictionary()
+# The handle lies on the model itself: whoever drops the model drops its adapters.
+HANDLE = "adapterkit_adapters"
 
 
 class Adapters:
@@ -108,7 +104,7 @@ class Adapters:
         self._patches.clear()
         self._lowered.clear()
         self._active = {}
-        _attached.pop(self._model, None)
+        vars(self._model).pop(HANDLE, None)
 
     def __enter__(self) -> Adapters:
         return self
@@ -179,13 +175,14 @@ def attach(
         raise
     if "torch._dynamo" in sys.modules:  # code compiled before would not see the swapped forwards
         torch.compiler.reset()
-    _attached[model] = found
+    vars(model)[HANDLE] = found
     return found
 
 
 def attached(model: nn.Module) -> Adapters | None:
     """What is attached to a model, or None."""
-    return _attached.get(model)
+    found: Adapters | None = vars(model).get(HANDLE)
+    return found
 
 
 def _named(adapters: Mapping[str, Source] | Sequence[Source] | Source) -> dict[str, Source]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -341,6 +343,17 @@ def test_a_failed_add_changes_nothing(
             adapters.add("b", fixtures / "cases" / "gpt2.lora_c_attn" / "adapter")
         assert adapters.names == ("a",)
         assert torch.equal(run(llama), before)
+
+
+def test_dropping_the_model_drops_its_adapters(
+    load_llama: Callable[..., Any], case: Callable[[str], Path]
+) -> None:
+    model = load_llama()
+    attach(model, [case("lora_qv")])
+    watched = weakref.ref(model)
+    del model
+    gc.collect()
+    assert watched() is None
 
 
 def test_a_peft_model_is_refused_with_the_line_that_unwraps_it(
