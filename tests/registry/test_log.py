@@ -58,6 +58,15 @@ def test_a_torn_last_line_is_left_out_and_then_overwritten(log, cut, tail):
     assert payloads(log) == [{"n": 0}, {"n": 1}, {"n": 9}]
 
 
+def test_a_torn_line_that_is_longer_than_the_next_record_leaves_nothing(log):
+    (_, place) = fill(log, 1)
+    whole = log.path.read_bytes()
+    log.path.write_bytes(whole + b"{" * 5000)
+    append(log, {"n": 1}, place)
+    assert log.path.read_bytes().startswith(whole) and log.path.read_bytes().endswith(b"}\n")
+    assert payloads(log) == [{"n": 0}, {"n": 1}]
+
+
 def test_a_last_line_with_an_unwritten_block_is_torn(log):
     places = fill(log, 2)
     whole = bytearray(log.path.read_bytes())
@@ -84,6 +93,18 @@ def test_a_removed_line_is_found(log):
     first, _, third = log.path.read_bytes().splitlines(keepends=True)
     log.path.write_bytes(first + third)
     with pytest.raises(DamagedError, match="line 2"):
+        payloads(log)
+
+
+def test_a_line_of_another_log_does_not_fit_in(log, tmp_path):
+    fill(log, 3)
+    other = Log(tmp_path / "other", Files())
+    other.path.touch()
+    append(other, {"n": "x"}, append(other, {"n": "y"}, Place()))
+    lines = log.path.read_bytes().splitlines(keepends=True)
+    lines[1] = other.path.read_bytes().splitlines(keepends=True)[1]
+    log.path.write_bytes(b"".join(lines))
+    with pytest.raises(DamagedError, match="line 2 of the log does not follow"):
         payloads(log)
 
 
