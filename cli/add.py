@@ -104,7 +104,8 @@ def tell(app: App, done: Ingested, base: str | None) -> None:
         say(f"{added.ref}: stored {size(added.size)}{new}")
     else:
         say(f"{added.ref}: already stored, nothing new")
-    say(f"  {info.variant} of rank {info.rank} on {', '.join(info.targets)}")
+    rank = "" if info.rank is None else f" of rank {info.rank}"
+    say(f"  {info.variant}{rank} on {', '.join(info.targets)}")
     say(f"  sha256:{added.id}")
     for name, n_bytes in done.skipped:
         say(f"  skipped {name} ({size(n_bytes)})")

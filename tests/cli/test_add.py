@@ -71,3 +71,8 @@ def test_an_adapter_of_another_base_is_not_stored(run, sql, fixtures):
 
 def test_a_folder_that_is_not_there_is_not_found(run, tmp_path):
     run("add", tmp_path / "nothing", "sql", code=3)
+
+
+def test_a_kind_without_a_rank_is_told_without_one(run, fixtures):
+    folder = fixtures / "cases/llama.trainable_tokens/adapter"
+    assert "rank" not in run("add", folder, "tokens").stdout
