@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,16 +46,19 @@ class Adapter:
             grouped.setdefault(module, {})[role] = stored
         return grouped
 
-    def require_sound(self) -> None:
+    def require_sound(self, also: Iterable[Finding] = ()) -> None:
         """Raises with everything that is wrong with the folder itself: DamagedError, or
-        NotFoundError when all that is wrong is a feature this program does not have."""
+        NotFoundError when all that is wrong is a feature this program does not have.
+
+        also: what is wrong beside that, to be said at the same time."""
         errors = [finding for finding in self.findings if finding.severity == ERROR]
         if not errors:
             return
         name = clean(self.name)
+        shown = listing([*errors, *(f for f in also if f.severity == ERROR)])
         if all(finding.code == UNSUPPORTED for finding in errors):
-            raise NotFoundError(f"{name} needs what is not supported:\n{listing(errors)}")
-        raise DamagedError(f"{name} is not a complete, sound adapter:\n{listing(errors)}")
+            raise NotFoundError(f"{name} needs what is not supported:\n{shown}")
+        raise DamagedError(f"{name} is not a complete, sound adapter:\n{shown}")
 
 
 @dataclass(frozen=True)

@@ -156,9 +156,9 @@ def _is_table(base: Base, module: Module) -> bool:
 
 def _is_said(named: set[str], role: str, stored: Stored, expected: Expected) -> bool:
     """Whether faults that needed no base to be seen say all that is wrong with the shape."""
-    if named != {"rank-mismatch"}:
-        return bool(named)
-    return _differ_only_in(RANK[role], stored.shape, expected.shape)
+    if named & {"shape-mismatch", "empty-tensor"}:
+        return True
+    return "rank-mismatch" in named and _differ_only_in(RANK[role], stored.shape, expected.shape)
 
 
 def _made_for(adapter: Adapter, base: Base) -> list[Finding]:

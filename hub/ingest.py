@@ -95,13 +95,15 @@ def add(  # noqa: PLR0913
     chosen = options or Options(**settings)
     folder = locate(Path(path))
     adapter = read_adapter(folder, chosen.allow_fields)
-    findings = [*adapter.findings, *check_values(adapter)]
-    replace(adapter, findings=tuple(findings)).require_sound()
+    adapter = replace(adapter, findings=(*adapter.findings, *check_values(adapter)))
     base = _base(chosen.base)
-    if base is not None:
-        findings += doubt(adapter, base)
+    if base is None:
+        adapter.require_sound()
+        findings = list(adapter.findings)
+    else:
+        doubts = doubt(adapter, base)
         base = for_task(base, adapter)
-        findings = _fitting(adapter, base, findings)
+        findings = doubts + _fitting(adapter, base)
     info = summarize(adapter, digest=True)
     kept, skipped = _sorted_out(folder, chosen.include)
     meaning = _meaning(adapter, info, base, chosen)
@@ -114,17 +116,19 @@ def add(  # noqa: PLR0913
         attachments=_attachments(metrics, note),
         roles=kept,
     )
-    doubts = tuple(finding for finding in findings if finding.severity == WARNING)
-    return Ingested(added, info, skipped, doubts)
+    warnings = tuple(sorted({f for f in findings if f.severity == WARNING}))
+    return Ingested(added, info, skipped, warnings)
 
 
-def _fitting(adapter: Adapter, base: Base, findings: list[Finding]) -> list[Finding]:
+def _fitting(adapter: Adapter, base: Base) -> list[Finding]:
+    """All findings; raises if one is an error."""
     found = fit(adapter, base)
+    adapter.require_sound(found)
     if any(finding.severity == ERROR for finding in found):
         raise MismatchError(
             f"{clean(adapter.name)} does not fit {clean(base.name)}:\n{listing(found)}"
         )
-    return list(dict.fromkeys([*findings, *found]))
+    return found
 
 
 def _base(base: str | Path | None) -> Base | None:
