@@ -159,7 +159,8 @@ def facts_of(manifest: Manifest) -> Facts:
     A manifest may come from a stranger: a value of another type counts as absent.
     """
     adapter, base = manifest.adapter, manifest.base or {}
-    quantization = manifest.quantization or {}
+    trained_on = (manifest.quantization or {}).get("trained_on")
+    quantization = trained_on.get("method") if isinstance(trained_on, dict) else None
     return Facts(
         kind=_text(adapter.get("kind")),
         rank=_integer(adapter.get("rank")),
@@ -167,7 +168,7 @@ def facts_of(manifest: Manifest) -> Facts:
         format=_text(adapter.get("format")),
         base=_text(base.get("id")),
         revision=_text(base.get("revision")),
-        quantization=_text(quantization.get("method")),
+        quantization=_text(quantization),
     )
 
 
