@@ -11,15 +11,17 @@ from adapterkit.hub.bases.base import METHODS, Base
 from adapterkit.hub.findings import (
     ERROR,
     FITS,
+    IDENTICAL,
     INCOMPATIBLE,
     OTHER_WEIGHTS,
     QUANTIZED_DIFFERENTLY,
+    SAME_CAST,
     UNKNOWN,
     WARNING,
     Finding,
     Report,
 )
-from adapterkit.hub.fit import fit
+from adapterkit.hub.fit import OTHER_NAME, fit
 from adapterkit.hub.identity import Compare, Identity, identify
 from adapterkit.hub.locate import Opener, Source, locate
 from adapterkit.hub.read import read_adapter
@@ -76,6 +78,8 @@ def judge(
     if any(finding.severity == ERROR for finding in findings):
         return Report(INCOMPATIBLE, tuple(sorted(every)), level, folder.name, base.name)
     verdict = identity.verdict
+    if verdict in (IDENTICAL, SAME_CAST):  # the weights are known, so that a name says nothing
+        every = {finding for finding in every if finding.code != OTHER_NAME}
     doubt = _quantized_differently(folder, base, quantization)
     if doubt is not None and verdict != OTHER_WEIGHTS:
         every.add(doubt)

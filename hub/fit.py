@@ -20,6 +20,9 @@ VOCABULARY = {"table": 0, "replace.weight": 0, "replace.bias": 0, "B": 0, "embed
 # role -> the axis of its tensor that is the rank
 RANK = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}
 
+# Code of the doubt that the adapter names another base than the one it is held against.
+OTHER_NAME = "other-base-name"
+
 
 def fit(adapter: Adapter, base: Base) -> list[Finding]:
     """All that keeps the adapter from binding to the base, and what is odd about the pair."""
@@ -166,7 +169,7 @@ def _made_for(adapter: Adapter, base: Base) -> list[Finding]:
     findings = []
     if adapter.base_name and not _same_name(adapter.base_name, base.name):
         made, here = clean(adapter.base_name), clean(base.name)
-        findings.append(Finding(WARNING, "other-base-name", "base_model_name_or_path", made, here))
+        findings.append(Finding(WARNING, OTHER_NAME, "base_model_name_or_path", made, here))
     return findings + doubt(adapter, base)
 
 
