@@ -41,7 +41,7 @@ class BiasShift:
 @dataclass(frozen=True, eq=False)
 class Replace:
     """T0 + w (T - T0) for the parameter `name` of the module, T0 being the base's; at weight 1
-    alone it is T bit for bit.  rows: T (len(rows), width) holds only these rows of the parameter."""
+    alone it is T bit for bit.  rows: T (len(rows), width) holds only these rows of it."""
 
     T: Tensor
     name: str = "weight"
