@@ -13,6 +13,7 @@ from adapterkit.hub.bases.base import METHODS, Base, Quantization
 from adapterkit.hub.describe import summarize
 from adapterkit.hub.findings import ERROR, WARNING, Finding, clean, listing
 from adapterkit.hub.fit import fit
+from adapterkit.hub.formats.config import is_number
 from adapterkit.hub.locate import locate
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.sources import Folder
@@ -199,6 +200,9 @@ def _path(folder: Folder, path: str) -> Path:
 
 def _attachments(metrics: Mapping[str, float] | None, note: str | None) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
+    for name, value in (metrics or {}).items():
+        if not is_number(value):
+            raise InvalidError(f"the metric {clean(name)} is {value!r}, expected a finite number")
     if metrics:
         found["metrics"] = canonical(dict(metrics))
     if note:
