@@ -29,8 +29,9 @@ VOLATILE = frozenset(
      "_attn_implementation", "attn_implementation", "quantization_config", "use_cache"}
 )  # fmt: skip
 ROOTS = ("layout", "files", "tensors", "touched")
+DIGESTS = ("tokenizer", "config")
 TEXTS = ("id", "revision", "architecture", "model_type")
-DIGEST = re.compile(r"[0-9a-f]{64}")
+DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,13 @@ class Fingerprint:
     def record(self) -> dict[str, Any]:
         """The `base` entry of a manifest."""
         found: dict[str, Any] = dict(self.others)
-        plain = (*TEXTS, "tokenizer", "config", "vocabulary")
-        found |= {name: getattr(self, name) for name in plain if getattr(self, name) is not None}
-        roots = {name: getattr(self, name) for name in ROOTS}
+        values = {name: getattr(self, name) for name in (*TEXTS, "vocabulary")}
+        values |= {name: _written(getattr(self, name)) for name in DIGESTS}
+        found |= {name: value for name, value in values.items() if value is not None}
+        roots = {name: _written(getattr(self, name)) for name in ROOTS}
         found |= {name: {"root": value} for name, value in roots.items() if value is not None}
         if self.sketch is not None:
-            found["sketch"] = {"digest": f"sha256:{self.sketch[0]}", "size": self.sketch[1]}
+            found["sketch"] = {"digest": _written(self.sketch[0]), "size": self.sketch[1]}
         if self.quantization is not None:
             found["quantization"] = self.quantization.record()
         return found
@@ -187,10 +189,18 @@ def _text(entry: Mapping[str, Any], name: str) -> str | None:
 
 
 def _digest(entry: Mapping[str, Any], name: str, shown: str = "") -> str | None:
+    """64 hex digits, as digests are kept in memory; records write them with their algorithm."""
     value = entry.get(name)
-    if value is not None and not (isinstance(value, str) and DIGEST.fullmatch(value)):
-        raise _fault(shown or name, value, "64 hex digits")
-    return value
+    if value is None:
+        return None
+    match = DIGEST.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise _fault(shown or name, value, "sha256: and 64 hex digits")
+    return match[1]
+
+
+def _written(digest: str | None) -> str | None:
+    return None if digest is None else f"sha256:{digest}"
 
 
 def _count(entry: Mapping[str, Any], name: str, shown: str = "") -> int | None:
@@ -212,9 +222,7 @@ def _root(entry: Mapping[str, Any], name: str) -> str | None:
 
 
 def _blob(entry: Mapping[str, Any]) -> tuple[str, int] | None:
-    found = dict(_object(entry, "sketch"))
-    if isinstance(found.get("digest"), str):
-        found["digest"] = found["digest"].removeprefix("sha256:")
+    found = _object(entry, "sketch")
     digest, size = _digest(found, "digest", "sketch digest"), _count(found, "size", "sketch size")
     return None if digest is None or size is None else (digest, size)
 

@@ -127,8 +127,8 @@ def test_what_is_not_known_is_absent_and_what_is_unknown_stays() -> None:
     ("entry", "named"),
     [
         ({"id": 3}, "id"), ({"layout": "x"}, "layout"), ({"files": {"root": "xyz"}}, "files root"),
-        ({"sketch": {"digest": "0" * 64, "size": -1}}, "sketch size"),
-        ({"tokenizer": "A" * 64}, "tokenizer"), ({"vocabulary": True}, "vocabulary"),
+        ({"sketch": {"digest": f"sha256:{'0' * 64}", "size": -1}}, "sketch size"),
+        ({"tokenizer": "0" * 64}, "tokenizer"), ({"vocabulary": True}, "vocabulary"),
         ({"quantization": {}}, "quantization"),
         ({"quantization": {"method": "nf4", "double_quant": 1}}, "quantization"),
     ],
