@@ -63,7 +63,7 @@ def command(
             app.registry, path, ref.full_name, version=ref.version, base=base,
             trained_on=trained_on, weights=weights, tags=tags, note=text,
             metrics=dict(map(metric, metrics)), include=include, allow_fields=allow_fields,
-            progress=report,
+            cache=app.cache, progress=report,
         )  # fmt: skip
     if as_json:
         emit(record(done))

@@ -66,11 +66,13 @@ class Ingested:
 class Options:
     """base: a model folder or Hub id whose identity is recorded. trained_on: how the base was
     quantized in training. weights: record the digests of the base's weights too, which reads them.
-    include: patterns of further files to store. allow_fields: unknown config fields to accept."""
+    cache: folder that remembers hashes of the base's files. include: patterns of further files to
+    store. allow_fields: unknown config fields to accept."""
 
     base: str | Path | None = None
     trained_on: str | None = None
     weights: bool = False
+    cache: Path | None = None
     include: Collection[str] = ()
     allow_fields: Collection[str] = ()
     progress: Progress | None = None
@@ -148,7 +150,13 @@ def _meaning(adapter: Adapter, info: AdapterInfo, base: Base | None, chosen: Opt
         from adapterkit.hub.bases.fingerprint import fingerprint
 
         names = touched(adapter, base)
-        found = fingerprint(base, weights=chosen.weights, touched=names, progress=chosen.progress)
+        found = fingerprint(
+            base,
+            weights=chosen.weights,
+            touched=names,
+            cache=chosen.cache,
+            progress=chosen.progress,
+        )
         record |= found.record()
         extra += [found.sketch_data] if found.sketch_data else []
     return Meaning(info.record(), record, trained, extra=extra)
