@@ -87,6 +87,7 @@ def read(base: str | Path) -> Base:
 
 def named_base(app: App, source: str) -> Base | Report:
     """The base that the adapter names, or the report that says why there is none."""
+    from adapterkit.hub.bases.folder import is_folder
     from adapterkit.hub.locate import locate
     from adapterkit.hub.read import read_adapter
 
@@ -96,8 +97,11 @@ def named_base(app: App, source: str) -> Base | Report:
         name = str(recorded or read_adapter(folder).base_name or "")
     except AdapterError as error:
         return failed(source, "unreadable", error)
+    if not name:
+        nameless = NotFoundError("it names no base", hint="give --base BASE")
+        return failed(source, "no-base", nameless)
     try:
-        return read(Path(name) if Path(name).is_dir() else name)
+        return read(Path(name) if is_folder(Path(name)) else name)
     except AdapterError as error:
         text = f"the base it names, {name!r}, is not here ({error})"
         return failed(source, "no-base", NotFoundError(text, hint="give --base BASE"))

@@ -79,16 +79,27 @@ def find_base(text: str) -> Path:
     Nothing is downloaded. Raises NotFoundError if it is not there, InvalidError if `text` is
     neither a path nor a Hub id.
     """
-    path = Path(text).expanduser()
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise NotFoundError(f"{clean(text)} is not the folder of a base model: {error}") from error
     if re.match(r"[.~/]|[A-Za-z]:[\\/]|\.\.?\\", text) or path.is_absolute():
-        if not path.is_dir():
+        if not is_folder(path):
             raise NotFoundError(f"{clean(text)} is not the folder of a base model")
         return path
     name, _, revision = text.partition("@")
     if not HUB_ID.fullmatch(name):
-        hint = f"a folder is given as ./{text}" if path.is_dir() else "give org/name or a path"
+        hint = f"a folder is given as ./{text}" if is_folder(path) else "give org/name or a path"
         raise InvalidError(f"{clean(text)} is neither a path nor a Hub id org/name", hint=hint)
     return _cached(name, revision or None)
+
+
+def is_folder(path: Path) -> bool:
+    """False also for a name no file system takes, which pathlib may raise for."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _cached(name: str, revision: str | None) -> Path:
@@ -99,7 +110,7 @@ def _cached(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         hint = f"hf download {name}"
-        if Path(name).is_dir():
+        if is_folder(Path(name)):
             hint = f"for the folder give ./{name}"
         raise NotFoundError(
             f"the base {clean(name)} is not in the local Hugging Face cache", hint=hint

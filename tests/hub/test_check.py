@@ -293,3 +293,23 @@ def test_cleaning_is_quick_and_keeps_both_ends() -> None:
     assert clean("plain text") == "plain text"
     text = clean("s" + "\x00" * 50_000_000 + "e", 50)
     assert text.startswith("s\\x00") and text.endswith("e") and len(text) <= 50
+
+
+@pytest.mark.parametrize("name", ["", None, "~nobody-here/x", "n" * 300, "a\0b", "no/such", "./no"])
+def test_a_base_an_adapter_names_and_that_is_not_here_is_not_found(
+    make: Make, name: str | None
+) -> None:
+    folder = make(base_model_name_or_path=name)
+    done = CliRunner().invoke(main, ["check", str(folder)], catch_exceptions=False)
+    assert done.exit_code == 3 and "give --base BASE" in done.output
+    if name and "\0" not in name:
+        typed = CliRunner().invoke(main, ["check", str(folder), "--base", name])
+        assert typed.exit_code in (2, 3) and "Error: " in typed.output
+
+
+def test_a_base_an_adapter_names_and_that_is_here_is_used(
+    make: Make, fixtures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(fixtures)  # the fixtures name their bases relative to it
+    done = CliRunner().invoke(main, ["check", str(make())], catch_exceptions=False)
+    assert done.exit_code == 0 and "bases/llama: fits" in done.output
