@@ -139,7 +139,7 @@ def test_everything_the_files_say_is_recorded(
     recorded: dict[str, Any] = dict(manifest.base or {})
     assert (recorded["id"], recorded["revision"]) == ("bases/llama", "abc")
     for name in ("layout", "files", "tensors", "touched"):
-        assert len(recorded[name]["root"]) == 64
+        assert len(recorded[name]["root"]) == len("sha256:") + 64
     assert len(registry.blob(recorded["sketch"]["digest"].removeprefix("sha256:")).read_bytes()) > 0
     assert (manifest.quantization or {})["trained_on"]["method"] == "nf4"
     assert (manifest.quantization or {})["trained_on"]["double_quant"] is True
