@@ -40,8 +40,9 @@ def row(version: Version) -> tuple[str, ...]:
     facts = version.facts
     rank = "" if facts.rank is None else str(facts.rank)
     kind = "damaged" if version.damaged else facts.kind
+    number = version.version if version.yanked is None else f"{version.version} yanked"
     return (
-        version.ref.short_name, version.version, kind, rank, facts.base,
+        version.ref.short_name, number, kind, rank, facts.base,
         ", ".join(version.tags), size(version.size), day(version.created),
     )  # fmt: skip
 
@@ -60,6 +61,7 @@ def record(version: Version) -> dict[str, Any]:
         "size": version.size,
         "n_files": version.n_files,
         "damaged": version.damaged,
+        "yanked": version.yanked,
         **facts,
         "targets": list(version.facts.targets),
     }

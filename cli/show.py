@@ -62,7 +62,8 @@ def tell(found: Mapping[str, Any], limit: int | None) -> None:
     manifest = found["manifest"]
     say(found["ref"])
     head = {"id": found["id"], "added": f"{moment(found['created'])} by {found['author']}"}
-    fields([*head.items(), ("tags", ", ".join(found["tags"]))], "  ")
+    yanked = "" if found["yanked"] is None else found["yanked"] or "no reason given"
+    fields([*head.items(), ("tags", ", ".join(found["tags"])), ("yanked", yanked)], "  ")
     for title in ("adapter", "base", "quantization", "recipe"):
         if manifest[title]:
             say(f"{title}:")

@@ -9,7 +9,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from adapterkit.registry.attaching import parse_metrics
     from adapterkit.registry.errors import (
         AdapterError,
         AdapterWarning,
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
         UnreachableError,
     )
     from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
+    from adapterkit.registry.metrics import parse_metrics
     from adapterkit.registry.records import (
         Added,
         Attachment,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Event,
         Facts,
         Lineage,
+        TagMove,
         Version,
     )
     from adapterkit.registry.refs import (
@@ -66,12 +67,13 @@ _PLACES = {
     "Ref": "refs",
     "Registry": "registry",
     "RemoteError": "errors",
+    "TagMove": "records",
     "UnreachableError": "errors",
     "Url": "urls",
     "UrlSource": "refs",
     "Version": "records",
     "parse_base": "refs",
-    "parse_metrics": "attaching",
+    "parse_metrics": "metrics",
     "parse_remote": "refs",
     "parse_source": "refs",
     "parse_url": "urls",
@@ -100,6 +102,7 @@ __all__ = [
     "Ref",
     "Registry",
     "RemoteError",
+    "TagMove",
     "UnreachableError",
     "Url",
     "UrlSource",

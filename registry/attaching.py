@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from adapterkit.registry import queries
 from adapterkit.registry.errors import DamagedError, InvalidError
 from adapterkit.registry.home import Change
+from adapterkit.registry.metrics import parse_metrics
 from adapterkit.registry.records import Attachment, Version
-from adapterkit.registry.strictjson import parse_object
 
 METRICS, NOTE = "metrics", "note"
 _KIND = re.compile(r"[a-z][a-z0-9-]{0,31}")
@@ -60,21 +58,3 @@ def append(change: Change, target: Version, entry: Attachment) -> None:
     if not any(same(each, entry) for each in have):
         payload = {"name": target.name, "version": target.version, "id": target.id}
         change.append("attachment", payload | {"attachment": fields(entry)})
-
-
-def parse_metrics(data: bytes) -> dict[str, float]:
-    """Raises DamagedError unless it is an object of finite numbers."""
-    found = parse_object(data, "metrics")
-    for name, value in found.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value):
-            raise DamagedError(f"the metric {name[:80]!r} is {ascii(value)[:80]}, not a number")
-    return found
-
-
-def merged(metrics: Iterable[bytes]) -> dict[str, float]:
-    """Later values replace earlier ones."""
-    found: dict[str, float] = {}
-    for data in metrics:
-        found |= parse_metrics(data)
-    return found

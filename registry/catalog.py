@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.registry.apply import ReadBlob, apply, index_manifest, put
+from adapterkit.registry.apply import apply
 from adapterkit.registry.blobs import Stamp
+from adapterkit.registry.indexing import ReadBlob, index_manifest, put
 from adapterkit.registry.log import Log, Place, Record
 from adapterkit.registry.migrations import STEPS, migrate
 

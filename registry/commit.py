@@ -11,16 +11,17 @@ from adapterkit.registry.home import Change
 from adapterkit.registry.manifest import Manifest
 from adapterkit.registry.records import Attachment, Version
 from adapterkit.registry.refs import LATEST, Ref, check_tag
-from adapterkit.registry.versions import following
+from adapterkit.registry.versions import following, sort_key
 
 
 def version(
     change: Change, ref: Ref, id: str, tags: Sequence[str], entries: Sequence[Attachment]
-) -> tuple[str, bool]:
-    """Record that `ref` is `id`; the version number, and whether it is a new one.
+) -> tuple[Ref, bool]:
+    """Record that `ref` is `id`; the version, and whether it is a new one.
 
     A ref without a number is the version that is `id` already, else the next one.
     """
+    ref = queries.current_ref(change.catalog, ref)
     number = ref.version or _number(change, ref, id)
     row = queries.recorded(change.catalog, ref.full_name, number)
     if row is not None and row["id"] != id:
@@ -29,12 +30,14 @@ def version(
             f"{ref.at(number)} {state} {row['id'][:12]}, other content than {id[:12]}",
             hint="a version never changes: leave its number out for the next one",
         )
+    for tag in tags:
+        check_free(change, ref.full_name, tag, number)
     if row is not None and not row["removed"]:
         _amend(change, queries.resolve(change.catalog, ref.at(number)), tags, entries)
-        return str(row["version"]), False
+        return ref.at(row["version"]), False
     payload = {"name": ref.full_name, "version": number, "id": id, "tags": list(tags)}
     change.append("version", payload | {"attachments": [attaching.fields(e) for e in entries]})
-    return number, True
+    return ref.at(number), True
 
 
 def _number(change: Change, ref: Ref, id: str) -> str:
@@ -57,13 +60,28 @@ def _amend(
 
 
 def move_tag(change: Change, target: Version, tag: str) -> Version | None:
-    """What the tag pointed at before."""
-    have = queries.versions(change.catalog, target.name)
-    before = next((v for v in have if tag in v.tags), None)
+    """What the tag pointed at before. Raises ConflictError when it is protected."""
+    before = tagged(change, target.name, tag)
+    check_free(change, target.name, tag, target.version)
     if before is None or before.version != target.version:
         payload = {"name": target.name, "tag": tag, "version": target.version, "id": target.id}
         change.append("tag", payload | {"previous": before.version if before else None})
     return before
+
+
+def tagged(change: Change, name: str, tag: str) -> Version | None:
+    return next(iter(queries.tagged(change.catalog, name, tag)), None)
+
+
+def check_free(change: Change, name: str, tag: str, version: str | None = None) -> None:
+    """Raises ConflictError when the tag is protected and at another version than `version`."""
+    if queries.is_protected(change.catalog, name, tag):
+        before = tagged(change, name, tag)
+        if version is None or before is None or sort_key(before.version) != sort_key(version):
+            shown = f"{Ref.parse(name)}:{tag}"
+            raise ConflictError(
+                f"the tag {shown} is protected", hint=f"adapter tag {shown} --unprotect"
+            )
 
 
 def movable(tag: str) -> str:

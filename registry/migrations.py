@@ -43,7 +43,30 @@ _FIRST = (
     "CREATE VIRTUAL TABLE search USING fts5 (names, targets, notes, base)",
 )
 
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST,)
+_TABLES = (
+    *("manifests", "files", "edges", "versions", "tags", "attachments", "events", "stamps"),
+)
+_ANEW = (
+    *(f"DELETE FROM {table}" for table in _TABLES),
+    f"UPDATE place SET log_offset = 0, start = 0, seq = 0, digest = '{NO_DIGEST}'",
+)
+# What is new is found in the log: so everything is read from it again.
+_SECOND = (
+    "ALTER TABLE versions ADD COLUMN yanked TEXT",
+    "CREATE TABLE protected (name TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (name, tag))"
+    " WITHOUT ROWID",
+    "CREATE TABLE redirects (name TEXT PRIMARY KEY, target TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE metrics (subject TEXT NOT NULL, name TEXT NOT NULL, value REAL NOT NULL,"
+    " PRIMARY KEY (subject, name)) WITHOUT ROWID",
+    "CREATE INDEX metrics_name ON metrics (name)",
+    "DROP TABLE search",
+    # rowid: that of the manifest
+    "CREATE VIRTUAL TABLE search USING fts5 (names, targets, notes, base, card)",
+    "INSERT INTO search (search, rank) VALUES ('rank', 'bm25(10.0, 3.0, 3.0, 3.0, 1.0)')",
+    *_ANEW,
+)
+
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND)
 
 
 def migrate(db: Database, have: int) -> None:

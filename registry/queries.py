@@ -1,10 +1,11 @@
-"""Questions to the catalog."""
+"""Questions to the catalog about names, versions and what they mean."""
 
 from __future__ import annotations
 
 import difflib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from adapterkit.registry.refs import LATEST, Ref
 from adapterkit.registry.versions import sort_key
 
 _VERSIONS = (
-    "SELECT v.name, v.version, v.id, v.created, v.author, m.size, m.n_files, m.damaged, m.kind,"
-    " m.rank, m.targets, m.format, m.base, m.revision, m.quantization, (SELECT"
+    "SELECT v.name, v.version, v.id, v.created, v.author, v.yanked, m.size, m.n_files,"
+    " m.damaged, m.kind, m.rank, m.targets, m.format, m.base, m.revision, m.quantization, (SELECT"
     " group_concat(t.tag, ' ') FROM tags t WHERE t.name = v.name AND t.sort = v.sort) AS tags"
     " FROM versions v JOIN manifests m ON m.id = v.id WHERE v.removed IS NULL"
 )
@@ -35,6 +36,20 @@ def listing(catalog: Catalog, pattern: str | None) -> list[Version]:
 def _matches(name: str, pattern: str) -> bool:
     short = Ref.parse(name).short_name
     return fnmatchcase(name, pattern) or fnmatchcase(short, pattern)
+
+
+def current(catalog: Catalog, name: str) -> str:
+    """The name that `name` has now, if it was changed."""
+    row = catalog.row("SELECT target FROM redirects WHERE name = ?", [name])
+    return name if row is None else str(row["target"])
+
+
+def current_ref(catalog: Catalog, ref: Ref) -> Ref:
+    now = current(catalog, ref.full_name)
+    if now == ref.full_name:
+        return ref
+    named = Ref.parse(now)
+    return replace(ref, namespace=named.namespace, name=named.name)
 
 
 def versions(catalog: Catalog, name: str) -> list[Version]:
@@ -71,6 +86,7 @@ def _version(row: Mapping[str, Any]) -> Version:
         n_files=row["n_files"],
         facts=facts,
         damaged=row["damaged"],
+        yanked=row["yanked"],
     )
 
 
@@ -94,6 +110,7 @@ def with_id(catalog: Catalog, name: str, id: str) -> Version | None:
 
 def resolve(catalog: Catalog, ref: Ref) -> Version:
     """Raises NotFoundError, and InvalidError when a short digest means several versions."""
+    ref = current_ref(catalog, ref)
     if ref.version is not None:
         found = _found(
             catalog, "AND v.name = ? AND v.sort = ?", ref.full_name, sort_key(ref.version)
@@ -101,18 +118,25 @@ def resolve(catalog: Catalog, ref: Ref) -> Version:
     elif ref.digest is not None:
         found = _by_digest(catalog, ref)
     elif ref.tag is not None and ref.tag != LATEST:
-        found = _found(
-            catalog,
-            "AND v.name = ? AND v.sort = (SELECT sort FROM tags WHERE name = v.name AND tag = ?)",
-            *(ref.full_name, ref.tag),
-        )
+        found = tagged(catalog, ref.full_name, ref.tag)
     else:
         # Before all releases exist, the highest of what there is, as pip does it.
-        order = "AND v.name = ? ORDER BY v.is_release DESC, v.sort DESC LIMIT 1"
-        found = _found(catalog, order, ref.full_name)
+        order = "ORDER BY v.is_release DESC, v.sort DESC LIMIT 1"
+        found = _found(catalog, f"AND v.name = ? AND v.yanked IS NULL {order}", ref.full_name)
     if not found:
         raise _not_found(catalog, ref)
     return found[0]
+
+
+def tagged(catalog: Catalog, name: str, tag: str) -> list[Version]:
+    """The version that has the tag, if there is one."""
+    query = "AND v.name = ? AND v.sort = (SELECT sort FROM tags WHERE name = v.name AND tag = ?)"
+    return _found(catalog, query, name, tag)
+
+
+def is_protected(catalog: Catalog, name: str, tag: str) -> bool:
+    query = "SELECT 1 FROM protected WHERE name = ? AND tag = ?"
+    return catalog.row(query, [name, tag]) is not None
 
 
 def _by_digest(catalog: Catalog, ref: Ref) -> list[Version]:
@@ -130,6 +154,9 @@ def _not_found(catalog: Catalog, ref: Ref) -> NotFoundError:
         row = recorded(catalog, ref.full_name, ref.version)
         if row is not None and row["removed"]:
             return NotFoundError(f"{ref} was removed on {row['removed'][:10]}")
+    if have and ref.version == ref.digest is None and ref.tag in (None, LATEST):
+        hint = f"name one of them: {have[-1].ref}"
+        return NotFoundError(f"all versions of {ref.short_name} were yanked", hint=hint)
     if have:
         tags = sorted({tag for version in have for tag in version.tags})
         some = ", ".join([version.version for version in have[-8:]] + tags[:8])
@@ -170,7 +197,7 @@ def lineage(catalog: Catalog, id: str) -> Lineage:
     return Lineage(id, tuple(up), tuple(down))
 
 
-def _edges(catalog: Catalog, id: str, near: str, far: str) -> Iterable[Edge]:
+def _edges(catalog: Catalog, id: str, near: str, far: str) -> list[Edge]:
     # UNION, not UNION ALL: a manifest that claims a loop must not make one here.
     rows = catalog.rows(
         f"WITH RECURSIVE reached (id) AS (VALUES (?) UNION SELECT {far} FROM edges"
@@ -179,9 +206,22 @@ def _edges(catalog: Catalog, id: str, near: str, far: str) -> Iterable[Edge]:
         " ORDER BY child, parent, relation",
         [id],
     )
-    for row in rows:
-        child, parent = _any_ref(catalog, row["child"]), _any_ref(catalog, row["parent"])
-        yield Edge(row["child"], row["parent"], row["relation"], child, parent)
+    return _refs_of(catalog, rows)
+
+
+def parents(catalog: Catalog, id: str) -> list[Edge]:
+    query = "SELECT child, parent, relation FROM edges WHERE child = ? ORDER BY parent, relation"
+    return _refs_of(catalog, catalog.rows(query, [id]))
+
+
+def _refs_of(catalog: Catalog, rows: Iterable[Mapping[str, Any]]) -> list[Edge]:
+    return [
+        Edge(
+            row["child"], row["parent"], row["relation"],
+            _any_ref(catalog, row["child"]), _any_ref(catalog, row["parent"]),
+        )
+        for row in rows
+    ]  # fmt: skip
 
 
 def _any_ref(catalog: Catalog, id: str) -> Ref | None:

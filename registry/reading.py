@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from adapterkit.registry import attaching, queries
+from adapterkit.registry import queries
 from adapterkit.registry.blobs import bare
-from adapterkit.registry.errors import DamagedError, InvalidError, NotFoundError
+from adapterkit.registry.errors import (
+    AdapterWarning,
+    DamagedError,
+    InvalidError,
+    NotFoundError,
+)
 from adapterkit.registry.export import export
 from adapterkit.registry.files import Files
 from adapterkit.registry.home import Home
 from adapterkit.registry.manifest import Manifest
-from adapterkit.registry.records import Attachment, Event, Lineage, Version
+from adapterkit.registry.metrics import merged
+from adapterkit.registry.moves import moves_of
+from adapterkit.registry.records import Attachment, Edge, Event, Lineage, TagMove, Version
 from adapterkit.registry.refs import Ref
 
 
@@ -56,14 +64,16 @@ class ReadingSide:
     def versions(self, name: str) -> Sequence[Version]:
         """Those of one name, lowest first; none when there is no such name."""
         full = bare_name(name).full_name
-        return self.home.read(lambda catalog: queries.versions(catalog, full))
+        return self.home.read(
+            lambda catalog: queries.versions(catalog, queries.current(catalog, full))
+        )
 
     def search(self, text: str) -> Sequence[Version]:
         """By words in names, targets, notes and base, best match first."""
         return self.home.read(lambda catalog: queries.search(catalog, text))
 
     def resolve(self, ref: str | Ref) -> Version:
-        """A bare name is its highest release. Raises NotFoundError."""
+        """A bare name is its highest release that was not yanked. Raises NotFoundError."""
         wanted = as_ref(ref)
         return self.home.read(lambda catalog: queries.resolve(catalog, wanted))
 
@@ -80,16 +90,17 @@ class ReadingSide:
         return manifest
 
     def files(self, ref: str | Ref) -> dict[str, Path]:
-        """Path in the version -> its blob, checked. Never write to one.
+        """Path in the version -> its blob, checked. Never write to one. Warns when it was yanked.
 
         A blob is read only when it does not look as it did when it was last read. Raises
         DamagedError that names every file whose bytes are not those of the version.
         """
-        manifest, shown = self.manifest(ref), self.resolve(ref).ref
+        manifest, found = self.manifest(ref), self.resolve(ref)
+        _warn_yanked(found)
         bad = [file.path for file in manifest.files if not self.intact(file.digest)]
         if bad:
             raise DamagedError(
-                f"{shown} is damaged: other bytes than were stored in {', '.join(bad)}",
+                f"{found.ref} is damaged: other bytes than were stored in {', '.join(bad)}",
                 hint="pull it again, or add the same files again",
             )
         return {file.path: self.home.blobs.path(file.digest) for file in manifest.files}
@@ -119,24 +130,35 @@ class ReadingSide:
     def metrics(self, ref: str | Ref) -> dict[str, float]:
         """All metrics of a version together; a later value replaces an earlier one."""
         found = [a for a in self.attachments(ref) if a.kind == "metrics"]
-        return attaching.merged(self.read_attachment(each) for each in found)
+        return merged(self.read_attachment(each) for each in found)
 
     def history(self, name: str) -> Sequence[Event]:
         """What happened to a name, oldest first. Raises NotFoundError."""
         ref = bare_name(name)
-        found = self.home.read(lambda catalog: queries.history(catalog, ref.full_name))
+        found = self.home.read(
+            lambda catalog: queries.history(catalog, queries.current(catalog, ref.full_name))
+        )
         if not found:
             raise NotFoundError(f"{ref} is not in the registry")
         return found
+
+    def moves(self, name: str, tag: str | None = None) -> Sequence[TagMove]:
+        """What happened to the tags of a name, or to one of them, oldest first."""
+        return moves_of(self.history(name), tag)
 
     def lineage(self, ref: str | Ref) -> Lineage:
         found = self.resolve(ref)
         return self.home.read(lambda catalog: queries.lineage(catalog, found.id))
 
+    def parents(self, id: str) -> Sequence[Edge]:
+        """What a version was made from directly, also one that was removed."""
+        return self.home.read(lambda catalog: queries.parents(catalog, bare(id)))
+
     def export(self, ref: str | Ref, folder: Path) -> Path:
         """Copy the files into `folder`, which must be new or empty, all or nothing."""
-        manifest, shown = self.manifest(ref), self.resolve(ref).ref
-        return export(self.home, manifest, folder, str(shown))
+        manifest, found = self.manifest(ref), self.resolve(ref)
+        _warn_yanked(found)
+        return export(self.home, manifest, folder, str(found.ref))
 
     def missing(self, digests: Iterable[str]) -> Sequence[str]:
         """Those of `digests` that are not stored, or whose stored bytes have rotted."""
@@ -149,6 +171,12 @@ class ReadingSide:
         if not self.intact(digest):
             raise DamagedError(f"blob {bare(digest)[:12]} holds other bytes than its name says")
         return self.home.blobs.path(digest)
+
+
+def _warn_yanked(version: Version) -> None:
+    if version.yanked is not None:
+        reason = f": {version.yanked}" if version.yanked else ""
+        warnings.warn(f"{version.ref} was yanked{reason}", AdapterWarning, stacklevel=3)
 
 
 def as_ref(ref: str | Ref) -> Ref:

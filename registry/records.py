@@ -27,6 +27,7 @@ class Version:
     """One version. name: with its namespace. id: digest of the manifest, 64 hex digits.
 
     size: bytes of its files. damaged: why its manifest could not be read, if it could not.
+    yanked: the reason ('' where none was given) if it should not be used any more.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Version:
     n_files: int
     facts: Facts
     damaged: str = ""
+    yanked: str | None = None
 
     @property
     def ref(self) -> Ref:
@@ -71,13 +73,30 @@ class Attachment:
 
 @dataclass(frozen=True)
 class Event:
-    """A record of the log about one name. kind: version, tag, untag, tombstone, attachment."""
+    """A record of the log about one name. kind: as in docs/store.md; rename stands with the
+    new name, and so does everything that happened before it."""
 
     seq: int
     kind: str
     time: str
     author: str
     payload: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TagMove:
+    """What record `seq` did to a tag. before, after: version numbers, None for nothing.
+
+    undoes: the seq of the move it took back.
+    """
+
+    seq: int
+    time: str
+    author: str
+    tag: str
+    before: str | None
+    after: str | None
+    undoes: int | None = None
 
 
 @dataclass(frozen=True)

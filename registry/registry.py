@@ -9,13 +9,14 @@ from adapterkit.registry import attaching, commit, queries
 from adapterkit.registry.blobs import Blob, Content, Fetch, Progress
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
-from adapterkit.registry.reading import ReadingSide, as_ref, bare_name
-from adapterkit.registry.records import Added, Attachment, Version
+from adapterkit.registry.naming import NamingSide
+from adapterkit.registry.reading import as_ref, bare_name
+from adapterkit.registry.records import Added, Attachment
 from adapterkit.registry.refs import Ref
 from adapterkit.registry.versions import normal
 
 
-class Registry(ReadingSide):
+class Registry(NamingSide):
     """One folder of adapters. Threads may share it; close it, or use it in a `with`."""
 
     def add(  # noqa: PLR0913
@@ -54,42 +55,9 @@ class Registry(ReadingSide):
         with self.home.write() as change:
             for blob in put:
                 commit.stamp(change, blob.digest)
-            number, created = commit.version(change, wanted, manifest.id, tags, entries)
+            found, created = commit.version(change, wanted, manifest.id, tags, entries)
         stored = sum(blob.size for blob in put if blob.new)
-        return Added(ref.at(number), manifest.id, created, manifest.size, stored)
-
-    def tag(self, ref: str | Ref, tag: str) -> Version | None:
-        """Point `tag` of that name at that version; what it pointed at before."""
-        wanted, name = as_ref(ref), commit.movable(tag)
-        with self.home.write() as change:
-            target = queries.resolve(change.catalog, wanted)
-            return commit.move_tag(change, target, name)
-
-    def untag(self, ref: str | Ref) -> Version:
-        """Remove NAME:TAG; the version it pointed at."""
-        wanted = as_ref(ref)
-        tag = commit.movable(wanted.tag or "")
-        with self.home.write() as change:
-            target = queries.resolve(change.catalog, wanted)
-            payload = {"name": target.name, "tag": tag, "version": target.version, "id": target.id}
-            change.append("untag", payload)
-            return target
-
-    def rm(self, ref: str | Ref) -> Version:
-        """Remove a version, or the tag when `ref` is NAME:TAG; what it was.
-
-        Its number is never used for anything else. The blobs stay until they are collected.
-        """
-        wanted = as_ref(ref)
-        if wanted.tag is not None:
-            return self.untag(wanted)
-        with self.home.write() as change:
-            target = queries.resolve(change.catalog, wanted)
-            if wanted.version is None:
-                commit.only_one(queries.versions(change.catalog, target.name), wanted, target)
-            payload = {"name": target.name, "version": target.version, "id": target.id}
-            change.append("tombstone", payload | {"tags": list(target.tags)})
-            return target
+        return Added(found, manifest.id, created, manifest.size, stored)
 
     def attach(self, ref: str | Ref, kind: str, data: bytes, name: str = "") -> Attachment:
         """Add a fact about a version without changing it; the same again changes nothing.
@@ -142,5 +110,5 @@ class Registry(ReadingSide):
         blob = self.put_blob(manifest, parsed.id)
         self.home.blobs.settle(sizes)
         with self.home.write() as change:
-            number, created = commit.version(change, ref.at(number), parsed.id, movable, entries)
-        return Added(ref.at(number), parsed.id, created, parsed.size, blob.size if blob.new else 0)
+            found, created = commit.version(change, ref.at(number), parsed.id, movable, entries)
+        return Added(found, parsed.id, created, parsed.size, blob.size if blob.new else 0)
