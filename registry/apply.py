@@ -16,6 +16,7 @@ from adapterkit.registry.versions import is_release, sort_key
 if TYPE_CHECKING:
     from sqlite_utils import Database
 
+
 def apply(db: Database, record: Record, read: ReadBlob) -> None:
     """`read` gives the bytes of a blob and raises DamagedError. Called in a transaction."""
     change = CHANGES.get(record.kind)
@@ -26,7 +27,8 @@ def apply(db: Database, record: Record, read: ReadBlob) -> None:
         )
     try:
         change(db, record, read)
-        event = {"seq": record.seq, "name": record.payload["name"], "kind": record.kind}
+        name = "" if record.kind == "gc" else record.payload["name"]
+        event = {"seq": record.seq, "name": name, "kind": record.kind}
         event |= {"created": record.time, "author": record.author}
         put(db, "events", event | {"payload": json.dumps(record.payload, sort_keys=True)})
     except (KeyError, TypeError, AttributeError) as error:
@@ -129,6 +131,12 @@ def _rename(db: Database, record: Record, read: ReadBlob) -> None:
         index_names(db, row[0])
 
 
+def _gc(db: Database, record: Record, read: ReadBlob) -> None:
+    """Only blobs that no version needs were taken away."""
+    if not isinstance(record.payload["epoch"], int):
+        raise TypeError("an epoch is a number")
+
+
 CHANGES: dict[str, Callable[[Database, Record, ReadBlob], None]] = {
     "version": _version,
     "tag": _tag,
@@ -138,4 +146,5 @@ CHANGES: dict[str, Callable[[Database, Record, ReadBlob], None]] = {
     "yank": _yank,
     "protect": _protect,
     "rename": _rename,
+    "gc": _gc,
 }

@@ -25,6 +25,8 @@ from adapterkit.registry.log import Log, Place, Record, make_record
 LOCK_SECONDS = 60.0
 # Errors of a catalog that is broken, not of one that is busy or on a full disk.
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CONSTRAINT")
+# ValueError: text, also that of SQLite's own messages, that is no UTF-8 or no JSON any more.
+_UNUSABLE = (sqlite3.DatabaseError, ValueError)
 
 T = TypeVar("T")
 
@@ -99,7 +101,7 @@ class Home:
         if path.exists():
             try:
                 return self._sound(Catalog(path))
-            except sqlite3.DatabaseError:
+            except _UNUSABLE:
                 pass  # looked at again with the lock, when nobody is in the middle of making it
         with self.lock():
             return self._make_catalog(path)
@@ -107,7 +109,7 @@ class Home:
     def _make_catalog(self, path: Path) -> Catalog:
         try:
             return self._sound(Catalog(path))
-        except sqlite3.DatabaseError as error:
+        except _UNUSABLE as error:
             if not _is_broken(error):
                 return Catalog(None)
         delete(path)
@@ -162,7 +164,7 @@ class Home:
             try:
                 self._refresh()
                 return query(self.catalog)
-            except sqlite3.DatabaseError as error:
+            except _UNUSABLE as error:
                 broken = _is_broken(error)
             if broken:
                 self.rebuild()
@@ -210,5 +212,5 @@ class Home:
             )
 
 
-def _is_broken(error: sqlite3.DatabaseError) -> bool:
+def _is_broken(error: Exception) -> bool:
     return str(getattr(error, "sqlite_errorname", "SQLITE_CORRUPT")).startswith(_BROKEN)

@@ -13,7 +13,7 @@ FORMAT = 1
 STORE, REMOTE = "store", "remote"
 _OWN = {
     STORE: {
-        *("FORMAT", "blobs", "tmp", "log", "lock", "remotes.json"),
+        *("FORMAT", "blobs", "tmp", "log", "lock", "remotes.json", "trash", "leases"),
         *("catalog.db", "catalog.db-shm", "catalog.db-wal"),
     },
     REMOTE: {"FORMAT", "blobs", "tmp", "attachments", "refs"},
@@ -69,5 +69,14 @@ def create(home: Path, files: Files, kind: str = STORE) -> None:
         with suppress(FileExistsError):
             files.create(home / "log").close()
     files.fsync_folder(home)
-    content = f"adapterkit-{kind} {FORMAT}\n".encode()
-    write_new(files, home / "FORMAT", content, home / "tmp")
+    write_new(files, home / "FORMAT", line(kind), home / "tmp")
+
+
+def line(kind: str = STORE) -> bytes:
+    """What FORMAT holds."""
+    return f"adapterkit-{kind} {FORMAT}\n".encode()
+
+
+def strange(home: Path, files: Files) -> list[str]:
+    """Names in the folder of a registry that no registry makes."""
+    return sorted(set(files.listdir(home)) - _OWN[STORE])

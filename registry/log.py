@@ -6,9 +6,9 @@ is the sha256 of the line without it, `prev` the digest of the line before.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -93,7 +93,7 @@ class Log:
         with self.files.open(self.path) as file:
             file.seek(place.offset)
             while line := file.readline():
-                if not line.endswith(b"\n") or _unwritten(line, file):
+                if is_torn(line, file):
                     return
                 record = parse_line(line, place.seq + 1)
                 if record.prev != place.digest:
@@ -155,7 +155,11 @@ def parse_line(line: bytes, seq: int) -> Record:
     return record
 
 
-def _unwritten(line: bytes, file: BinaryIO) -> bool:
-    """Whether `line` is the last one and lacks a block: a power cut can keep the end of a write
-    and lose its middle, which then reads as zeros. No record holds a zero byte."""
-    return re.search(b"\0", line) is not None and not file.read(1)
+def is_torn(line: bytes, file: BufferedReader) -> bool:
+    """Whether `line`, just read from `file`, is the last one and was never whole: it lacks its end,
+    or a block.
+
+    A power cut can keep the end of a write and lose its middle, which then reads as zeros. No
+    record holds a zero byte.
+    """
+    return not line.endswith(b"\n") or (b"\0" in line and not file.peek(1))

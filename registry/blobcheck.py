@@ -1,0 +1,156 @@
+"""Every file under `blobs/` read and compared with its name."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from adapterkit.registry import problems
+from adapterkit.registry.blobs import CHUNK, Blobs, Progress, Stamp
+from adapterkit.registry.problems import Problem
+
+_PAIR, _HEX = re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{64}")
+AGAIN = "pull it again, or add the same files again"
+
+
+@dataclass
+class Need:
+    """What the log says of a blob. size: None where it says none. by: whose it is."""
+
+    size: int | None = None
+    by: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A blob as it is. digest: of its bytes; error: why they could not be read."""
+
+    name: str
+    size: int = 0
+    digest: str = ""
+    error: str = ""
+
+
+@dataclass
+class Found:
+    """seen: by name. strange: files that are no blob."""
+
+    seen: dict[str, Seen] = field(default_factory=dict)
+    strange: list[Path] = field(default_factory=list)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(each.size for each in self.seen.values())
+
+
+def look(blobs: Blobs, wanted: Iterable[str] | None, progress: Progress) -> Found:
+    """Read the blobs `wanted`, or all there are. progress: called in several threads."""
+    found = Found()
+    if wanted is None:
+        names = _walk(blobs, found.strange)
+    else:
+        names = [digest for digest in wanted if _there(blobs, digest)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for seen in pool.map(partial(_see, blobs, progress), names):
+            found.seen[seen.name] = seen
+    return found
+
+
+def stored(blobs: Blobs) -> dict[str, Stamp]:
+    """Every blob there is, by its name, unread."""
+    stamps = {name: blobs.stamp(name) for name in _walk(blobs, [])}
+    return {name: stamp for name, stamp in stamps.items() if stamp is not None}
+
+
+def _there(blobs: Blobs, digest: str) -> bool:
+    return os.path.lexists(blobs.path(digest))
+
+
+def _walk(blobs: Blobs, strange: list[Path]) -> list[str]:
+    names = []
+    for folder in _children(blobs, blobs.root.parent):
+        if folder != blobs.root:
+            strange += _files(blobs, folder)
+    for folder in _children(blobs, blobs.root):
+        for path in _files(blobs, folder):
+            good = path.parent == folder and _PAIR.fullmatch(folder.name)
+            if good and _HEX.fullmatch(path.name) and path.name.startswith(folder.name):
+                names.append(path.name)
+            else:
+                strange.append(path)
+    return names
+
+
+def _children(blobs: Blobs, folder: Path) -> list[Path]:
+    try:
+        return [folder / name for name in blobs.files.listdir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _files(blobs: Blobs, path: Path) -> Iterator[Path]:
+    """Everything below `path`, or itself, that is no folder; links are not followed."""
+    if stat.S_ISDIR(blobs.files.lstat(path).st_mode):
+        for child in _children(blobs, path):
+            yield from _files(blobs, child)
+    else:
+        yield path
+
+
+def _see(blobs: Blobs, progress: Progress, name: str) -> Seen:
+    return see(blobs, blobs.path(name), name, progress)
+
+
+def see(blobs: Blobs, path: Path, name: str, progress: Progress) -> Seen:
+    hasher, size = hashlib.sha256(), 0
+    try:
+        if not stat.S_ISREG(blobs.files.lstat(path).st_mode):
+            return Seen(name, error="is a link or a folder, not a file")
+        with blobs.files.open(path) as file:
+            while data := file.read(CHUNK):
+                hasher.update(data)
+                size += len(data)
+                progress(len(data))
+    except OSError as error:
+        return Seen(name, size, error=f"cannot be read: {error.strerror or error}")
+    return Seen(name, size, hasher.hexdigest())
+
+
+def judge(found: Found, needs: Mapping[str, Need], shown: Callable[[str], str]) -> list[Problem]:
+    """What is wrong with blobs. shown: where a blob lies, for messages."""
+    faults = [
+        problem
+        for name, seen in found.seen.items()
+        if (problem := _wrong(seen, needs.get(name), shown(name)))
+    ]
+    for digest in sorted(set(needs) - set(found.seen)):
+        affects = tuple(needs[digest].by)
+        faults.append(Problem(problems.MISSING, shown(digest), "is not there", affects, AGAIN))
+    return faults
+
+
+def _wrong(seen: Seen, need: Need | None, where: str) -> Problem | None:
+    affects = tuple(need.by) if need else ()
+    repair = AGAIN if need else "adapter gc removes it"
+    if seen.error:
+        return Problem(problems.UNREADABLE, where, seen.error, affects, repair)
+    if seen.digest != seen.name:
+        short = need is not None and need.size is not None and seen.size < need.size
+        detail = f"holds {seen.size} bytes of digest {seen.digest[:12]}"
+        if need is not None and need.size is not None:
+            detail += f", expected {need.size} bytes"
+        what = problems.TRUNCATED if short else problems.CHANGED
+        return Problem(what, where, detail, affects, repair)
+    if need is None:
+        return Problem(problems.ORPHAN, where, "nothing refers to it", (), repair)
+    if need.size is not None and need.size != seen.size:
+        detail = f"has {seen.size} bytes, of which the manifest says {need.size}"
+        return Problem(problems.MALFORMED, where, detail, affects, "remove that version")
+    return None

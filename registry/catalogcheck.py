@@ -1,0 +1,125 @@
+"""The catalog on disk compared with one made afresh from the log and the blobs."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import quote
+
+from adapterkit.registry.catalog import BUSY_SECONDS, Catalog
+from adapterkit.registry.problems import CATALOG, Problem
+
+# ValueError: text, also that of SQLite's own messages, that is no UTF-8 any more.
+UNREADABLE = (sqlite3.Error, ValueError, TypeError)
+REBUILD = "adapter verify --rebuild"
+# Whose rows stay as they were when a blob of a removed version is gone.
+_LIVE = "IN (SELECT id FROM versions WHERE removed IS NULL)"
+_FROM_BLOBS = {
+    "search": f"SELECT m.id, s.* FROM search s LEFT JOIN manifests m ON m.rowid = s.rowid"
+    f" WHERE m.id IS NULL OR m.id {_LIVE}",
+    "metrics": f"SELECT * FROM metrics WHERE subject {_LIVE}",
+}
+
+
+def copy_of(path: Path) -> Catalog:
+    """A copy in memory: nothing done to it, and nobody who writes, disturbs the other.
+
+    Raises one of UNREADABLE when it cannot be read.
+    """
+    copy = Catalog(None)
+    try:
+        source = _open(path)
+        try:
+            source.backup(copy.db.conn)
+        finally:
+            source.close()
+    except BaseException:
+        copy.close()
+        raise
+    return copy
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    # Where the folder cannot be written, the side files of WAL can only be done without.
+    for options in ("mode=ro", "mode=ro&immutable=1"):
+        uri = f"file:{quote(str(path))}?{options}"
+        source = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
+        try:
+            source.execute("SELECT 1 FROM sqlite_master").fetchone()
+            return source
+        except UNREADABLE as error:
+            source.close()
+            if getattr(error, "sqlite_errorname", "") != "SQLITE_CANTOPEN":
+                raise
+    raise sqlite3.OperationalError(f"{path.name} cannot be opened")
+
+
+def sound(disk: Catalog) -> list[Problem]:
+    """What SQLite itself finds."""
+    faults = [row[0] for row in disk.db.execute("PRAGMA integrity_check(20)").fetchall()]
+    faults = [text for text in faults if text != "ok"]
+    if not faults:
+        try:
+            disk.db.execute("INSERT INTO search (search, rank) VALUES ('integrity-check', 1)")
+        except UNREADABLE as error:
+            faults.append(f"the index of words does not fit its text ({error})")
+    return [damaged(text) for text in faults]
+
+
+def damaged(detail: str, table: str = "", affects: tuple[str, ...] = ()) -> Problem:
+    where = f"catalog.db, table {table}" if table else "catalog.db"
+    return Problem(CATALOG, where, detail, affects, REBUILD)
+
+
+def differences(disk: Catalog, fresh: Catalog, all_readable: bool) -> list[Problem]:
+    """Both stand at the same place of the log.
+
+    all_readable: whether every blob that the rows are made from could be read.
+    """
+    if _schema(disk) != _schema(fresh):
+        return [damaged("its tables are not those of this program")]
+    tables = [t for t in _tables(fresh) if all_readable or t not in _FROM_BLOBS]
+    found = []
+    for table in tables:
+        here, there = _rows(disk, table), _rows(fresh, table)
+        if here != there:
+            n = len(here ^ there)
+            detail = f"{n} rows differ from what the log and the blobs say"
+            found.append(damaged(detail, table, _affected(here ^ there, fresh)))
+    return found
+
+
+def _schema(catalog: Catalog) -> object:
+    rows = _raw(catalog, "SELECT type, name, tbl_name, sql FROM sqlite_master")
+    return sorted(map(repr, rows)), _raw(catalog, "PRAGMA user_version")
+
+
+def _tables(catalog: Catalog) -> list[str]:
+    """Without those that FTS keeps for itself, and without stamps, which no log holds."""
+    query = "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"
+    names = [row["name"] for row in catalog.rows(query)]
+    return [n for n in names if not n.startswith(("sqlite_", "search_")) and n != "stamps"]
+
+
+def _rows(catalog: Catalog, table: str) -> set[str]:
+    """As text with types, so that 1 and '1' are two."""
+    query = _FROM_BLOBS.get(table, f"SELECT * FROM {table}")
+    return set(map(repr, _raw(catalog, query)))
+
+
+def _raw(catalog: Catalog, query: str) -> list[tuple[object, ...]]:
+    connection = catalog.db.conn
+    usual: Callable[[bytes], object] = connection.text_factory
+    connection.text_factory = bytes  # what is no UTF-8 any more is a difference, not an error
+    try:
+        return list(connection.execute(query).fetchall())
+    finally:
+        connection.text_factory = usual
+
+
+def _affected(rows: set[str], fresh: Catalog) -> tuple[str, ...]:
+    """The names that are spoken of in rows, as far as they can be told."""
+    known = [row["name"] for row in fresh.rows("SELECT DISTINCT name FROM versions ORDER BY name")]
+    some = sorted(rows)[:50]
+    return tuple(name for name in known[:1000] if any(repr(name.encode()) in row for row in some))

@@ -1,0 +1,57 @@
+"""Files in the folder of a registry that are not where, or not what, they should be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from adapterkit.registry import layout, problems
+from adapterkit.registry.blobcheck import Found, Need, see
+from adapterkit.registry.blobs import Blobs
+from adapterkit.registry.errors import DamagedError
+from adapterkit.registry.files import Files
+from adapterkit.registry.problems import Problem
+from adapterkit.registry.strictjson import parse_object
+
+
+def misnamed(
+    blobs: Blobs, found: Found, needs: Mapping[str, Need], shown: Callable[[str], str]
+) -> list[Problem]:
+    """Files among the blobs under a name that is none; those that are blobs by their bytes."""
+    faults, home = [], blobs.root.parent.parent
+    for path in found.strange:
+        where = path.relative_to(home).as_posix()
+        seen = see(blobs, path, where, lambda size: None)
+        need = needs.get(seen.digest)
+        if need is not None:
+            lost = blobs.stamp(seen.digest) is None
+            repair = f"rename it to {shown(seen.digest)}" if lost else "delete it"
+            detail, affects = f"holds the bytes of {seen.digest[:12]}", tuple(need.by)
+            faults.append(Problem(problems.MISNAMED, where, detail, affects, repair))
+        else:
+            detail = f"is no blob: {seen.error}" if seen.error else "is no blob's name"
+            faults.append(Problem(problems.MISNAMED, where, detail, (), "delete it"))
+    return faults
+
+
+def leftovers(home: Path, files: Files) -> list[Problem]:
+    found = [
+        Problem(problems.STRAY, name, "is not part of a registry", (), "move it elsewhere")
+        for name in layout.strange(home, files)
+    ]
+    for name in files.listdir(home / "tmp") if (home / "tmp").is_dir() else []:
+        detail = "is being written, or was left by an interruption"
+        found.append(Problem(problems.STRAY, f"tmp/{name}", detail, (), "adapter gc removes it"))
+    return found + _aliases(home, files)
+
+
+def _aliases(home: Path, files: Files) -> list[Problem]:
+    try:
+        with files.open(home / "remotes.json") as file:
+            parse_object(file.read(), "it")
+    except FileNotFoundError:
+        pass
+    except (DamagedError, OSError) as error:
+        repair = "delete it, then adapter remote add"
+        return [Problem(problems.CHANGED, "remotes.json", str(error), ("remotes",), repair)]
+    return []

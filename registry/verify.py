@@ -1,0 +1,231 @@
+"""Everything a registry holds, compared with what it should be. Nothing is changed, and nothing
+that is found is raised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from adapterkit.registry import blobcheck, catalogcheck, layout, problems
+from adapterkit.registry.blobcheck import Found
+from adapterkit.registry.blobs import Blobs, Progress
+from adapterkit.registry.catalog import Catalog
+from adapterkit.registry.errors import AdapterError, DamagedError
+from adapterkit.registry.files import Files
+from adapterkit.registry.home import Home
+from adapterkit.registry.indexing import ReadBlob
+from adapterkit.registry.log import Log, Place
+from adapterkit.registry.logcheck import LogState, scan
+from adapterkit.registry.needs import needs, unreadable
+from adapterkit.registry.problems import Health, Problem
+from adapterkit.registry.refs import Ref
+from adapterkit.registry.strayfiles import leftovers, misnamed
+from adapterkit.registry.strictjson import digest_of
+
+FROM_BACKUP = "restore the file 'log' from a backup"
+
+
+def verify(home: Path, files: Files | None = None, progress: Progress | None = None) -> Health:
+    """Read all there is. progress: told the bytes read, from several threads."""
+    return _Check(home.absolute(), files or Files(), progress or _silent).run()
+
+
+def verify_version(home: Home, ref: Ref, progress: Progress | None = None) -> Health:
+    """Read the blobs of one version."""
+    needed = {
+        digest: need
+        for digest, need in home.read(needs).items()
+        if any(by.startswith(f"{ref}: ") for by in need.by)
+    }
+    found = blobcheck.look(home.blobs, needed, progress or _silent)
+
+    def shown(digest: str) -> str:
+        return home.blobs.path(digest).relative_to(home.path).as_posix()
+
+    faults = blobcheck.judge(found, needed, shown)
+    return problems.health(faults, len(found.seen), found.n_bytes, 0)
+
+
+def to_read(home: Path) -> int:
+    """Bytes that verify will read, for a progress bar."""
+    blobs = Blobs(home / "blobs", home / "tmp", Files())
+    return sum(stamp.size for stamp in blobcheck.stored(blobs).values())
+
+
+def _silent(size: int) -> None:
+    pass
+
+
+class _Check:
+    def __init__(self, home: Path, files: Files, progress: Progress) -> None:
+        self.home, self.files, self.progress = home, files, progress
+        self.log = Log(home / "log", files)
+        self.blobs = Blobs(home / "blobs", home / "tmp", files)
+        self.faults: list[Problem] = []
+        self.failed: set[str] = set()
+
+    def run(self) -> Health:
+        if not self._format():
+            return Health(())
+        # In this order, what others do meanwhile cannot look like damage: a catalog is never ahead
+        # of the log, nor the log of the blobs.
+        disk = self._disk()
+        state = self._scan()
+        fresh = Catalog(None)
+        try:
+            if disk is not None:
+                self._lost_lines(state, disk)
+            self._lines(state, disk)
+            self._fill(fresh, state, disk)
+            if disk is not None and not state.faults:
+                self._compare(state, disk, fresh)
+            found = self._blobs(state, fresh if not state.faults or disk is None else disk)
+        finally:
+            for catalog in (disk, fresh):
+                if catalog is not None:
+                    catalog.close()
+        self.faults += leftovers(self.home, self.files)
+        return problems.health(self.faults, len(found.seen), found.n_bytes, state.n_good)
+
+    def _add(self, what: str, where: str, detail: str, repair: str) -> None:
+        self.faults.append(Problem(what, where, detail, (), repair))
+
+    def _format(self) -> bool:
+        """Whether there is something to look at."""
+        repair = f"write {layout.line().decode()!r} into it, if all else is good"
+        try:
+            if not layout.check(self.home, self.files):
+                return False
+            with self.files.open(self.home / "FORMAT") as file:
+                if file.read(100) != layout.line():
+                    self._add(problems.FORMAT, "FORMAT", "is not what was written", repair)
+        except (AdapterError, OSError) as error:
+            self._add(problems.FORMAT, "FORMAT", str(error), repair)
+        return True
+
+    def _scan(self) -> LogState:
+        try:
+            state = scan(self.log)
+        except OSError as error:
+            self._add(problems.LOG, "log", f"cannot be read: {error.strerror}", FROM_BACKUP)
+            return LogState({1: "cannot be read"})
+        return state
+
+    def _disk(self) -> Catalog | None:
+        """A copy of the catalog on disk, None where there is none or it is too broken to read."""
+        path = self.home / "catalog.db"
+        if not path.exists():
+            return None
+        try:
+            copy = catalogcheck.copy_of(path)
+        except catalogcheck.UNREADABLE as error:
+            self.faults.append(catalogcheck.damaged(f"cannot be read: {error}"))
+            return None
+        try:
+            faults = catalogcheck.sound(copy)
+            copy.place()
+        except catalogcheck.UNREADABLE as error:
+            faults = [catalogcheck.damaged(f"cannot be read: {error}")]
+        self.faults += faults
+        if not faults:
+            return copy
+        copy.close()
+        return None
+
+    def _lost_lines(self, state: LogState, disk: Catalog) -> None:
+        """Lines that the catalog has seen and the log no longer has."""
+        place = disk.place()
+        if state.faults or place.offset <= state.end.offset:
+            return
+        for seq in range(state.end.seq + 1, min(place.seq, state.end.seq + 1000) + 1):
+            state.faults[seq] = "is missing or cut off; the catalog has seen it"
+        state.torn = 0
+
+    def _lines(self, state: LogState, disk: Catalog | None) -> None:
+        for seq, text in sorted(state.faults.items()):
+            where, affects = f"log, line {seq}", _event(disk, seq)
+            self.faults.append(Problem(problems.LOG, where, text, affects, FROM_BACKUP))
+        if state.torn:
+            detail = "was cut off while it was written; it was never confirmed"
+            where, repair = f"log, line {state.torn}", "the next change cuts it off"
+            self._add(problems.TORN, where, detail, repair)
+
+    def _fill(self, fresh: Catalog, state: LogState, disk: Catalog | None) -> None:
+        """Make a catalog from the good beginning of the log."""
+        with fresh.transaction():
+            try:
+                self._follow(fresh, state.end, disk)
+            except (AdapterError, OSError) as error:
+                seq = fresh.place().seq + 1
+                state.faults[seq] = str(error)
+                self._add(problems.LOG, f"log, line {seq}", str(error), FROM_BACKUP)
+
+    def _follow(self, catalog: Catalog, end: Place, disk: Catalog | None) -> None:
+        """Up to `end`: what is behind it is damaged, or was written since."""
+        if catalog.place().offset >= end.offset:
+            return
+        for record, place in self.log.read(catalog.place()):
+            catalog.apply(record, place, self._reader(disk))
+            if place.offset >= end.offset:
+                return
+
+    def _reader(self, disk: Catalog | None) -> ReadBlob:
+        """Reads a blob; of a manifest that has rotted, the copy that the catalog keeps."""
+
+        def read(digest: str) -> bytes:
+            try:
+                return self.blobs.read(digest)
+            except (DamagedError, OSError) as error:
+                kept = _kept(disk, digest)
+                if kept is not None:
+                    return kept
+                self.failed.add(digest)
+                raise DamagedError(f"blob {digest[:12]} is missing or damaged") from error
+
+        return read
+
+    def _compare(self, state: LogState, disk: Catalog, fresh: Catalog) -> None:
+        """To be behind the log is no fault: the copy follows it first."""
+        try:
+            if not self.log.holds(disk.place()):
+                self.faults.append(catalogcheck.damaged("was made from another log"))
+                return
+            with disk.transaction():
+                self._follow(disk, state.end, disk)
+            readable = not self.failed & set(needs(fresh))
+            self.faults += catalogcheck.differences(disk, fresh, readable)
+        except (*catalogcheck.UNREADABLE, AdapterError) as error:
+            self.faults.append(catalogcheck.damaged(f"cannot be read: {error}"))
+
+    def _blobs(self, state: LogState, catalog: Catalog) -> Found:
+        wanted = needs(catalog)
+        known = not state.faults and not unreadable(catalog)
+        found = blobcheck.look(self.blobs, None, self.progress)
+        faults = blobcheck.judge(found, wanted, self._shown)
+        # Where it is not known what is needed, nothing can be said to be needed by nobody.
+        self.faults += [f for f in faults if known or f.what != problems.ORPHAN]
+        self.faults += self._malformed(catalog)
+        self.faults += misnamed(self.blobs, found, wanted, self._shown)
+        return found
+
+    def _malformed(self, catalog: Catalog) -> Iterator[Problem]:
+        """Manifests with the right digest that are none all the same."""
+        for ref, id, text in unreadable(catalog):
+            if self.blobs.intact(id):
+                where, repair = self._shown(id), f"adapter rm {ref}"
+                yield Problem(problems.MALFORMED, where, text, (f"{ref}: manifest",), repair)
+
+    def _shown(self, digest: str) -> str:
+        return self.blobs.path(digest).relative_to(self.home).as_posix()
+
+
+def _event(disk: Catalog | None, seq: int) -> tuple[str, ...]:
+    """What a lost line said, as far as the catalog remembers it."""
+    row = disk and disk.row("SELECT kind, name FROM events WHERE seq = ?", [seq])
+    return (f"{row['name']} ({row['kind']})",) if row else ()
+
+
+def _kept(disk: Catalog | None, digest: str) -> bytes | None:
+    row = disk and disk.row("SELECT data FROM manifests WHERE id = ?", [digest])
+    same = row and isinstance(row["data"], bytes) and digest_of(row["data"]) == digest
+    return row["data"] if row and same else None
