@@ -394,7 +394,8 @@ def test_add_takes_a_name_only(registry, name):
 
 def test_hostile_facts_are_ignored_not_trusted(registry):
     odd = {"kind": {"a": 1}, "rank": "x", "target_modules": [1, "q", None], "format": 3}
-    registry.add("sql", {"w": b"x"}, Meaning(odd, base={"id": 5}, quantization={"trained_on": {"method": []}}))
+    trained_on = {"trained_on": {"method": []}}
+    registry.add("sql", {"w": b"x"}, Meaning(odd, base={"id": 5}, quantization=trained_on))
     facts = registry.resolve("sql").facts
     assert (facts.kind, facts.rank, facts.targets, facts.base) == ("", None, ("q",), "")
 
