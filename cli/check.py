@@ -15,6 +15,8 @@ from adapterkit.registry.errors import AdapterError, NotFoundError
 if TYPE_CHECKING:
     from adapterkit.hub.bases.base import Base
 
+# Findings of one adapter that are printed; a wrong base has one for each of its tensors.
+MOST = 40
 # A verdict, in words.
 MEANINGS = {
     "identical": "fits: the weights it was trained on, byte for byte",
@@ -128,9 +130,13 @@ def tell(app: App, report: Report) -> None:
     say(f"{report.source}{place}: {report.verdict}")
     say(f"  {MEANINGS[report.verdict]} (compared: {report.level})")
     shown = [f for f in report.findings if f.severity != INFO or app.detailed]
-    for finding in sorted(shown, key=lambda f: (f.severity != ERROR, f)):
+    rows = sorted(shown, key=lambda f: (f.severity != ERROR, f))
+    most = len(rows) if app.detailed else MOST
+    for finding in rows[:most]:
         say(f"  {finding.severity}: {finding}")
         if finding.hint:
             say(f"    hint: {finding.hint}")
+    if rows[most:]:
+        say(f"  ... and {len(rows) - most} more, shown by adapter -v check")
     if report.errors:
         say(f"  {count(len(report.errors), 'error')}")

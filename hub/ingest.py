@@ -95,7 +95,7 @@ def add(  # noqa: PLR0913
     Raises DamagedError or NotFoundError if the folder is not a complete, finite adapter, and
     MismatchError if it does not fit the base given; then nothing is stored.
     """
-    chosen = options or Options(**settings)
+    chosen = replace(options or Options(), **settings)
     folder = locate(Path(path))
     adapter = read_adapter(folder, chosen.allow_fields)
     adapter = replace(adapter, findings=(*adapter.findings, *check_values(adapter)))

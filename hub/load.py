@@ -14,7 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.bases.base import Base
+from adapterkit.hub.bases.base import METHODS, Base
 from adapterkit.hub.bases.folder import find_base, read_base, tokenizer_digest
 from adapterkit.hub.check import check
 from adapterkit.hub.compose.attach import attach
@@ -40,7 +40,6 @@ CLASSES = {
     "ForMaskedLM": "AutoModelForMaskedLM",
     "Model": "AutoModel",
 }
-METHODS = ("none", "int8", "nf4", "fp4")
 HEADS = ("score", "classifier", "out_proj")
 
 

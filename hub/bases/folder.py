@@ -11,9 +11,8 @@ from adapterkit.hub.bases.modules import module_table
 from adapterkit.hub.bases.packed import quantization
 from adapterkit.hub.bases.weights import read_weights
 from adapterkit.hub.findings import clean
-from adapterkit.hub.sources import FileSource, Folder
+from adapterkit.hub.sources import FileSource, Folder, read_object
 from adapterkit.registry.errors import DamagedError, InvalidError, NotFoundError
-from adapterkit.registry.strictjson import parse_object
 
 CONFIG = "config.json"
 # What turns text into ids. tokenizer.json alone says all of it; the older files count only without
@@ -43,7 +42,7 @@ def read_base(folder: Folder | Path | str, architecture: str | None = None) -> B
             hint="give the folder of the model the adapter was trained on",
         )
     source = folder.file(CONFIG)
-    config = parse_object(source.read(0, source.size), CONFIG)
+    config = read_object(source, CONFIG)
     tensors, files = read_weights(folder)
     return Base(
         name=folder.name,

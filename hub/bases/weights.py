@@ -8,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from adapterkit.hub.findings import clean
 from adapterkit.hub.headers import Stored, read_header
-from adapterkit.hub.sources import ByteSource, Folder
+from adapterkit.hub.sources import ByteSource, Folder, read_object
 from adapterkit.registry.errors import DamagedError, NotFoundError
-from adapterkit.registry.strictjson import parse_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -61,7 +60,7 @@ def _nothing(folder: Folder) -> Exception:
 def _index(folder: Folder) -> dict[str, str]:
     """Tensor -> shard, as the index says; every shard must be a file of the folder."""
     source = folder.file(INDEX)
-    mapped = parse_object(source.read(0, source.size), INDEX).get("weight_map")
+    mapped = read_object(source, INDEX).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
         raise DamagedError(f"{INDEX} has no weight_map that names the shard of each tensor")
     faults = set()

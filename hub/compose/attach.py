@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -153,7 +155,7 @@ def attach(
     adapters: Mapping[str, Source] | Sequence[Source] | Source = (),
     *,
     options: Options | None = None,
-    **settings: object,
+    **settings: Any,
 ) -> Adapters:
     """Attaches adapters to a transformers model and activates each with weight 1.
 
@@ -161,7 +163,7 @@ def attach(
     Options (registry, dtype, strict, allow_fields, dialect).
     Raises MismatchError with all findings, before anything is copied, if one does not fit.
     """
-    chosen = options or Options(**settings)  # type: ignore[arg-type]
+    chosen = replace(options or Options(), **settings)
     _refuse_wrapped(model)
     base = describe_model(model)
     named = _named(adapters)
