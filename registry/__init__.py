@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         RemoteError,
         UnreachableError,
     )
+    from adapterkit.registry.filters import Condition, Filter
     from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
     from adapterkit.registry.metrics import parse_metrics
     from adapterkit.registry.records import (
@@ -50,12 +51,14 @@ _PLACES = {
     "AdapterWarning": "errors",
     "Added": "records",
     "Attachment": "records",
+    "Condition": "filters",
     "ConflictError": "errors",
     "DamagedError": "errors",
     "Edge": "records",
     "Event": "records",
     "Facts": "records",
     "FileEntry": "manifest",
+    "Filter": "filters",
     "InvalidError": "errors",
     "Lineage": "records",
     "Manifest": "manifest",
@@ -85,12 +88,14 @@ __all__ = [
     "AdapterWarning",
     "Added",
     "Attachment",
+    "Condition",
     "ConflictError",
     "DamagedError",
     "Edge",
     "Event",
     "Facts",
     "FileEntry",
+    "Filter",
     "InvalidError",
     "Lineage",
     "Manifest",

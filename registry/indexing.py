@@ -47,7 +47,8 @@ def _fill_manifest(db: Database, id: str, read: ReadBlob) -> None:
     row: dict[str, object] = {"id": id, "data": data, "size": manifest.size}
     row |= {"n_files": len(manifest.files), "damaged": damaged}
     row |= {name: getattr(facts, name) for name in ("kind", "rank", "format", "base", "revision")}
-    row |= {"targets": json.dumps(facts.targets), "quantization": facts.quantization}
+    row |= {"targets": json.dumps(facts.targets), "variant": variant}
+    row["quantization"] = facts.quantization
     db.execute("DELETE FROM search WHERE rowid = (SELECT rowid FROM manifests WHERE id = ?)", [id])
     put(db, "manifests", row)
     for file in manifest.files:

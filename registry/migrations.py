@@ -53,6 +53,7 @@ _ANEW = (
 # What is new is found in the log: so everything is read from it again.
 _SECOND = (
     "ALTER TABLE versions ADD COLUMN yanked TEXT",
+    "ALTER TABLE manifests ADD COLUMN variant TEXT NOT NULL DEFAULT ''",
     "CREATE TABLE protected (name TEXT NOT NULL, tag TEXT NOT NULL, PRIMARY KEY (name, tag))"
     " WITHOUT ROWID",
     "CREATE TABLE redirects (name TEXT PRIMARY KEY, target TEXT NOT NULL) WITHOUT ROWID",

@@ -6,7 +6,6 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,12 @@ from adapterkit.registry.records import Attachment, Edge, Event, Facts, Lineage,
 from adapterkit.registry.refs import LATEST, Ref
 from adapterkit.registry.versions import sort_key
 
-_VERSIONS = (
+VERSIONS = (
     "SELECT v.name, v.version, v.id, v.created, v.author, v.yanked, m.size, m.n_files,"
     " m.damaged, m.kind, m.rank, m.targets, m.format, m.base, m.revision, m.quantization, (SELECT"
     " group_concat(t.tag, ' ') FROM tags t WHERE t.name = v.name AND t.sort = v.sort) AS tags"
     " FROM versions v JOIN manifests m ON m.id = v.id WHERE v.removed IS NULL"
 )
-
-
-def listing(catalog: Catalog, pattern: str | None) -> list[Version]:
-    """Every version whose name matches, by name and then by number."""
-    if pattern is None:
-        return _found(catalog, "ORDER BY v.name, v.sort")
-    rows = catalog.rows("SELECT DISTINCT name FROM versions WHERE removed IS NULL ORDER BY name")
-    names = [row["name"] for row in rows if _matches(row["name"], pattern)]
-    return [version for name in names for version in versions(catalog, name)]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    short = Ref.parse(name).short_name
-    return fnmatchcase(name, pattern) or fnmatchcase(short, pattern)
 
 
 def current(catalog: Catalog, name: str) -> str:
@@ -53,26 +38,14 @@ def current_ref(catalog: Catalog, ref: Ref) -> Ref:
 
 
 def versions(catalog: Catalog, name: str) -> list[Version]:
-    return _found(catalog, "AND v.name = ? ORDER BY v.sort", name)
+    return select(catalog, "AND v.name = ? ORDER BY v.sort", name)
 
 
-def search(catalog: Catalog, text: str) -> list[Version]:
-    """Best match first. All words of `text` must be among the names, targets, notes and base."""
-    words = catalog.db.quote_fts(text)
-    if not words:
-        return []
-    query = "JOIN search ON search.rowid = m.rowid WHERE v.removed IS NULL AND search MATCH ?"
-    sql = _VERSIONS.replace(
-        "WHERE v.removed IS NULL", f"{query} ORDER BY search.rank, v.name, v.sort"
-    )
-    return [_version(row) for row in catalog.rows(sql, [words])]
+def select(catalog: Catalog, rest: str, *values: object) -> list[Version]:
+    return [version_of(row) for row in catalog.rows(f"{VERSIONS} {rest}", values)]
 
 
-def _found(catalog: Catalog, rest: str, *values: object) -> list[Version]:
-    return [_version(row) for row in catalog.rows(f"{_VERSIONS} {rest}", values)]
-
-
-def _version(row: Mapping[str, Any]) -> Version:
+def version_of(row: Mapping[str, Any]) -> Version:
     names = ("kind", "rank", "format", "base", "revision", "quantization")
     facts = Facts(targets=tuple(json.loads(row["targets"])), **{name: row[name] for name in names})
     return Version(
@@ -104,7 +77,7 @@ def recorded(catalog: Catalog, name: str, version: str) -> dict[str, Any] | None
 
 def with_id(catalog: Catalog, name: str, id: str) -> Version | None:
     """The highest version of `name` that is `id`."""
-    found = _found(catalog, "AND v.name = ? AND v.id = ? ORDER BY v.sort DESC", name, id)
+    found = select(catalog, "AND v.name = ? AND v.id = ? ORDER BY v.sort DESC", name, id)
     return found[0] if found else None
 
 
@@ -112,7 +85,7 @@ def resolve(catalog: Catalog, ref: Ref) -> Version:
     """Raises NotFoundError, and InvalidError when a short digest means several versions."""
     ref = current_ref(catalog, ref)
     if ref.version is not None:
-        found = _found(
+        found = select(
             catalog, "AND v.name = ? AND v.sort = ?", ref.full_name, sort_key(ref.version)
         )
     elif ref.digest is not None:
@@ -122,16 +95,16 @@ def resolve(catalog: Catalog, ref: Ref) -> Version:
     else:
         # Before all releases exist, the highest of what there is, as pip does it.
         order = "ORDER BY v.is_release DESC, v.sort DESC LIMIT 1"
-        found = _found(catalog, f"AND v.name = ? AND v.yanked IS NULL {order}", ref.full_name)
+        found = select(catalog, f"AND v.name = ? AND v.yanked IS NULL {order}", ref.full_name)
     if not found:
-        raise _not_found(catalog, ref)
+        raise _notselect(catalog, ref)
     return found[0]
 
 
 def tagged(catalog: Catalog, name: str, tag: str) -> list[Version]:
     """The version that has the tag, if there is one."""
     query = "AND v.name = ? AND v.sort = (SELECT sort FROM tags WHERE name = v.name AND tag = ?)"
-    return _found(catalog, query, name, tag)
+    return select(catalog, query, name, tag)
 
 
 def is_protected(catalog: Catalog, name: str, tag: str) -> bool:
@@ -141,14 +114,14 @@ def is_protected(catalog: Catalog, name: str, tag: str) -> bool:
 
 def _by_digest(catalog: Catalog, ref: Ref) -> list[Version]:
     query = "AND v.name = ? AND v.id >= ? AND v.id < ? ORDER BY v.sort DESC"
-    found = _found(catalog, query, ref.full_name, ref.digest, f"{ref.digest}g")
+    found = select(catalog, query, ref.full_name, ref.digest, f"{ref.digest}g")
     if len({version.id for version in found}) > 1:
         ids = ", ".join(sorted({version.id[:20] for version in found}))
         raise InvalidError(f"{ref} means several versions: {ids}", hint="give more digits")
     return found
 
 
-def _not_found(catalog: Catalog, ref: Ref) -> NotFoundError:
+def _notselect(catalog: Catalog, ref: Ref) -> NotFoundError:
     have = versions(catalog, ref.full_name)
     if ref.version is not None:
         row = recorded(catalog, ref.full_name, ref.version)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from adapterkit.registry import queries
+from adapterkit.registry import listing, queries, usage
 from adapterkit.registry.blobs import bare
 from adapterkit.registry.errors import (
     AdapterWarning,
@@ -19,12 +19,14 @@ from adapterkit.registry.errors import (
 )
 from adapterkit.registry.export import export
 from adapterkit.registry.files import Files
+from adapterkit.registry.filters import Filter
 from adapterkit.registry.home import Home
 from adapterkit.registry.manifest import Manifest
 from adapterkit.registry.metrics import merged
 from adapterkit.registry.moves import moves_of
 from adapterkit.registry.records import Attachment, Edge, Event, Lineage, TagMove, Version
 from adapterkit.registry.refs import Ref
+from adapterkit.registry.usage import Disk, Usage
 
 
 def default_home() -> Path:
@@ -57,9 +59,12 @@ class ReadingSide:
     def close(self) -> None:
         self.home.close()
 
-    def list(self, pattern: str | None = None) -> list[Version]:
-        """Versions by name and number. pattern: as in fnmatch, of the name."""
-        return self.home.read(lambda catalog: queries.listing(catalog, pattern))
+    def list(
+        self, pattern: str | None = None, wanted: Filter | None = None, sort: str = "name"
+    ) -> list[Version]:
+        """Versions by name and number. pattern: as in fnmatch, of the name. sort: "name", "added",
+        "size", "rank", a metric, or a metric after "-" for the largest first."""
+        return self.home.read(lambda catalog: listing.listing(catalog, pattern, wanted, sort))
 
     def versions(self, name: str) -> Sequence[Version]:
         """Those of one name, lowest first; none when there is no such name."""
@@ -68,9 +73,20 @@ class ReadingSide:
             lambda catalog: queries.versions(catalog, queries.current(catalog, full))
         )
 
-    def search(self, text: str) -> Sequence[Version]:
-        """By words in names, targets, notes and base, best match first."""
-        return self.home.read(lambda catalog: queries.search(catalog, text))
+    def search(self, text: str, limit: int | None = None) -> Sequence[Version]:
+        """By words in names, targets, notes, cards and base, best match first; `ques*` is the
+        beginning of a word."""
+        return self.home.read(lambda catalog: listing.search(catalog, text, limit))
+
+    def metrics_of(self, versions: Iterable[Version]) -> dict[str, dict[str, float]]:
+        """id -> metrics of those that have some, from the catalog."""
+        ids = [version.id for version in versions]
+        return self.home.read(lambda catalog: listing.metrics_of(catalog, ids))
+
+    def usage(self, pattern: str | None = None) -> tuple[Sequence[Usage], Disk]:
+        """What each name takes, by name, and what lies on the disk in all."""
+        found = self.home.read(lambda catalog: usage.per_name(catalog, pattern))
+        return found, usage.on_disk(self.home.blobs)
 
     def resolve(self, ref: str | Ref) -> Version:
         """A bare name is its highest release that was not yanked. Raises NotFoundError."""
