@@ -27,6 +27,13 @@ class Hasher(Protocol):
     def hexdigest(self) -> str: ...
 
 
+class Keeper(Protocol):
+    """Who sees to it that nobody takes away what is being put here."""
+
+    def take(self, digests: Iterable[str]) -> None: ...
+    def revive(self, digest: str) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Blob:
     """digest: 64 hex digits. new: whether its bytes had to be stored."""
@@ -63,6 +70,7 @@ class Blobs:
         self, root: Path, temp: Path, files: Files, error: type[AdapterError] = AdapterError
     ) -> None:
         self.root, self.temp, self.files, self.error = root / "sha256", temp, files, error
+        self.keeper: Keeper | None = None
 
     def create(self) -> None:
         for folder in (self.temp, self.root):
@@ -129,6 +137,7 @@ class Blobs:
         """
         digest = bare(digest)
         with storage_errors("a blob cannot be stored", self.error):
+            self._claim_name(digest)
             if self.intact(digest):
                 progress(size)
                 return Blob(digest, size, False)
@@ -186,6 +195,7 @@ class Blobs:
 
     def _keep(self, part: Path, file: BinaryIO, digest: str) -> bool:
         """Move checked bytes to their place; whether they had to be."""
+        self._claim_name(digest)
         path, new = self.path(digest), not self.intact(digest)
         if new:
             self.files.chmod(part, 0o444)
@@ -196,6 +206,12 @@ class Blobs:
             self.files.unlink(part)
         self.settle([digest])
         return new
+
+    def _claim_name(self, digest: str) -> None:
+        """Before the blob is looked for: what is found then is not taken away."""
+        if self.keeper is not None:
+            self.keeper.take([digest])
+            self.keeper.revive(digest)
 
     def settle(self, digests: Iterable[str]) -> None:
         """Make the names of blobs that are there durable: whoever put them may not have come to

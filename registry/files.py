@@ -22,6 +22,9 @@ except ImportError:  # Windows
 
 # ioctl of linux/fs.h: share the extents of one file with another, copied when either is written
 _FICLONE = 0x40049409
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+# What a file system answers that has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Files:
@@ -39,20 +42,33 @@ class Files:
         return path.open("r+b", buffering=0)
 
     def open_partial(self, path: Path) -> BinaryIO | None:
-        """A file to go on writing, new or as somebody left it; None while another has it."""
-        if fcntl is None:
-            return None
-        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        """A file to go on writing, new or as somebody left it; None while another has it, or where
+        that cannot be told."""
+        number = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o644)
         file = os.fdopen(number, "r+b", buffering=0)
         try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever had it may have finished and moved it away in between.
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            if _lock(file) and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 return file
-        except (BlockingIOError, FileNotFoundError):
+        except FileNotFoundError:
             pass
         file.close()
         return None
+
+    def open_owned(self, path: Path) -> BinaryIO | None:
+        """A new file that is locked as long as its owner lives; None when it was taken away
+        meanwhile. Where files cannot be locked, an ordinary one."""
+        file = self.create(path)
+        if _lock(file) is False or not path.exists():
+            file.close()
+            return None
+        return file
+
+    def is_locked(self, path: Path) -> bool | None:
+        """Whether its owner lives; None where that cannot be told."""
+        with self.open_update(path) as file:
+            free = _lock(file)
+        return None if free is None else not free
 
     def write(self, file: BinaryIO, data: bytes) -> None:
         rest = memoryview(data)
@@ -124,6 +140,21 @@ class Files:
 
     def writable(self, path: Path) -> bool:
         return os.access(path, os.W_OK)
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Whether `file` is locked now, for this process; None where files cannot be locked."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
+    return True
 
 
 def write_new(files: Files, path: Path, data: bytes, temp: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,9 @@ from adapterkit.registry.errors import (
     ConflictError,
 )
 from adapterkit.registry.files import Files, storage_errors
+from adapterkit.registry.leases import Leases
 from adapterkit.registry.log import Log, Place, Record, make_record
+from adapterkit.registry.trash import Trash
 
 LOCK_SECONDS = 60.0
 # Errors of a catalog that is broken, not of one that is busy or on a full disk.
@@ -51,6 +53,16 @@ class Change:
             self.stale = error
         return record
 
+    def require(self, digests: Iterable[str]) -> None:
+        """That blobs are there, before a record speaks of them: gc, which works under the same
+        lock, may have taken one away since."""
+        blobs, trash = self.home.blobs, self.home.trash
+        for digest in digests:
+            if blobs.stamp(digest) is None and not trash.revive(digest):
+                raise ConflictError(
+                    f"blob {digest[:12]} was taken away before it was recorded", hint="try again"
+                )
+
 
 class Home:
     """`path` need not exist: the first write creates it."""
@@ -59,17 +71,33 @@ class Home:
         self.path, self.files = path, files
         self.guard = threading.RLock()
         self.blobs = Blobs(path / "blobs", path / "tmp", files)
+        self.leases = Leases(path / "leases", files)
+        self.trash = Trash(path / "trash", self.blobs, files)
+        self.blobs.keeper = self
         self.log = Log(path / "log", files)
         with self._errors():
             self._made = layout.check(path, files)
             self.catalog = self._open_catalog()
 
     def close(self) -> None:
+        self.leases.close()
         with self.guard:
             self.catalog.close()
 
+    def take(self, digests: Iterable[str]) -> None:
+        self.leases.take(digests)
+
+    def revive(self, digest: str) -> bool:
+        return self.trash.revive(digest)
+
     def _errors(self) -> AbstractContextManager[None]:
         return storage_errors(f"the registry {self.path}")
+
+    def exists(self) -> bool:
+        """Now, not only when it was opened."""
+        with self._errors():
+            self._made = self._made or layout.check(self.path, self.files)
+        return self._made
 
     def create(self) -> None:
         with self.guard, self._errors():

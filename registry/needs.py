@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import datetime
 
 from adapterkit.registry.blobcheck import Need
 from adapterkit.registry.catalog import Catalog
@@ -63,3 +64,15 @@ def _sketches(catalog: Catalog) -> Iterator[tuple[str, int, str]]:
 
 def _ref(name: str, version: str) -> str:
     return str(Ref.parse(name).at(version))
+
+
+def removed_since(catalog: Catalog, moment: datetime) -> set[str]:
+    """Digests of the files of versions that were removed after `moment`."""
+    since = moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    query = (
+        "SELECT f.digest FROM files f JOIN versions v ON v.id = f.id WHERE v.removed > ?"
+        " UNION SELECT substr(json_extract(CAST(m.data AS TEXT), '$.base.sketch.digest'), 8)"
+        " FROM manifests m JOIN versions v ON v.id = m.id WHERE v.removed > ?"
+        " AND json_valid(CAST(m.data AS TEXT))"
+    )
+    return {row["digest"] for row in catalog.rows(query, [since, since]) if row["digest"]}

@@ -9,14 +9,14 @@ from adapterkit.registry import attaching, commit, queries
 from adapterkit.registry.blobs import Blob, Content, Fetch, Progress
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
-from adapterkit.registry.naming import NamingSide
 from adapterkit.registry.reading import as_ref, bare_name
 from adapterkit.registry.records import Added, Attachment
 from adapterkit.registry.refs import Ref
+from adapterkit.registry.upkeep import UpkeepSide
 from adapterkit.registry.versions import normal
 
 
-class Registry(NamingSide):
+class Registry(UpkeepSide):
     """One folder of adapters. Threads may share it; close it, or use it in a `with`."""
 
     def add(  # noqa: PLR0913
@@ -42,20 +42,22 @@ class Registry(NamingSide):
             commit.movable(tag)
         entries = [attaching.entry(key, data) for key, data in (attachments or {}).items()]
         self.home.create()
-        blobs = {path: self.home.blobs.put(content) for path, content in files.items()}
-        rows = [
-            FileEntry(path, blob.digest, blob.size, (roles or {}).get(path, "file"))
-            for path, blob in blobs.items()
-        ]
-        manifest = Manifest.of(rows, meaning)
-        put = [*blobs.values(), *map(self.home.blobs.put, meaning.extra)]
-        put += [self.home.blobs.put(data) for data in (attachments or {}).values()]
-        commit.check_complete(manifest, put)
-        put.append(self.home.blobs.put(manifest.dump()))
-        with self.home.write() as change:
-            for blob in put:
-                commit.stamp(change, blob.digest)
-            found, created = commit.version(change, wanted, manifest.id, tags, entries)
+        with self.home.leases.session():
+            blobs = {path: self.home.blobs.put(content) for path, content in files.items()}
+            rows = [
+                FileEntry(path, blob.digest, blob.size, (roles or {}).get(path, "file"))
+                for path, blob in blobs.items()
+            ]
+            manifest = Manifest.of(rows, meaning)
+            put = [*blobs.values(), *map(self.home.blobs.put, meaning.extra)]
+            put += [self.home.blobs.put(data) for data in (attachments or {}).values()]
+            commit.check_complete(manifest, put)
+            put.append(self.home.blobs.put(manifest.dump()))
+            with self.home.write() as change:
+                change.require(blob.digest for blob in put)
+                for blob in put:
+                    commit.stamp(change, blob.digest)
+                found, created = commit.version(change, wanted, manifest.id, tags, entries)
         stored = sum(blob.size for blob in put if blob.new)
         return Added(found, manifest.id, created, manifest.size, stored)
 
@@ -66,14 +68,19 @@ class Registry(NamingSide):
         """
         wanted, entry = as_ref(ref), attaching.entry(f"{kind}/{name}" if name else kind, data)
         self.resolve(wanted)
-        self.home.blobs.put(data)
-        with self.home.write() as change:
-            target = queries.resolve(change.catalog, wanted)
-            attaching.append(change, target, entry)
+        with self.home.leases.session():
+            self.home.blobs.put(data)
+            with self.home.write() as change:
+                change.require([entry.digest])
+                target = queries.resolve(change.catalog, wanted)
+                attaching.append(change, target, entry)
         return next(a for a in self.attachments(target.ref) if attaching.same(a, entry))
 
     def put_blob(self, content: Content, digest: str, size: int | None = None) -> Blob:
-        """Store bytes that arrived from elsewhere. Raises DamagedError when they are not those."""
+        """Store bytes that arrived from elsewhere. Raises DamagedError when they are not those.
+
+        gc leaves them until they are published or this registry is closed.
+        """
         self.home.create()
         return self.home.blobs.put(content, digest, size)
 
@@ -102,13 +109,20 @@ class Registry(NamingSide):
         parsed = Manifest.parse(manifest, f"the manifest of {ref.at(number)}")
         entries = list(attachments)
         sizes = parsed.blobs() | {entry.digest: entry.size for entry in entries}
+        with self.home.leases.session():
+            self._must_have(ref.at(number), sizes)
+            blob = self.put_blob(manifest, parsed.id)
+            self.home.blobs.settle(sizes)
+            with self.home.write() as change:
+                change.require([*sizes, parsed.id])
+                found, new = commit.version(change, ref.at(number), parsed.id, movable, entries)
+        self.home.leases.release(sizes)  # since they were received
+        return Added(found, parsed.id, new, parsed.size, blob.size if blob.new else 0)
+
+    def _must_have(self, ref: Ref, sizes: Mapping[str, int]) -> None:
+        self.home.take(sizes)
+        for digest in sizes:
+            self.home.revive(digest)
         absent = [digest for digest, size in sizes.items() if not self.intact(digest, size)]
         if absent:
-            raise DamagedError(
-                f"{ref.at(number)} lacks its blobs {', '.join(d[:12] for d in absent)}"
-            )
-        blob = self.put_blob(manifest, parsed.id)
-        self.home.blobs.settle(sizes)
-        with self.home.write() as change:
-            found, created = commit.version(change, ref.at(number), parsed.id, movable, entries)
-        return Added(found, parsed.id, created, parsed.size, blob.size if blob.new else 0)
+            raise DamagedError(f"{ref} lacks its blobs {', '.join(d[:12] for d in absent)}")

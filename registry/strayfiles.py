@@ -41,7 +41,8 @@ def leftovers(home: Path, files: Files) -> list[Problem]:
     ]
     for name in files.listdir(home / "tmp") if (home / "tmp").is_dir() else []:
         detail = "is being written, or was left by an interruption"
-        found.append(Problem(problems.STRAY, f"tmp/{name}", detail, (), "adapter gc removes it"))
+        repair = "adapter gc removes it after a day"
+        found.append(Problem(problems.STRAY, f"tmp/{name}", detail, (), repair))
     return found + _aliases(home, files)
 
 

@@ -1,0 +1,61 @@
+"""What keeps a registry sound and small. What it takes is imported when it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from adapterkit.registry.errors import ConflictError
+from adapterkit.registry.naming import NamingSide
+
+if TYPE_CHECKING:
+    from adapterkit.registry.blobs import Progress
+    from adapterkit.registry.gc import Plan
+    from adapterkit.registry.problems import Health
+    from adapterkit.registry.records import Version
+    from adapterkit.registry.refs import Ref
+    from adapterkit.registry.retention import Retention
+
+GRACE = timedelta(days=1)
+
+
+class UpkeepSide(NamingSide):
+    def verify(self, ref: str | Ref | None = None, progress: Progress | None = None) -> Health:
+        """Read everything, or the blobs of one version, and say what is not as it should be.
+
+        progress: told the bytes read, from several threads.
+        """
+        from adapterkit.registry.verify import verify, verify_version
+
+        if ref is not None:
+            return verify_version(self.home, self.resolve(ref).ref, progress)
+        return verify(self.home.path, self.home.files, progress)
+
+    def rebuild(self) -> None:
+        """Make the catalog anew from the log and the blobs."""
+        self.home.rebuild()
+
+    def gc(self, grace: timedelta = GRACE, *, dry_run: bool = False) -> Plan:
+        """Move what no version needs into the trash, and delete what has been there for `grace`.
+
+        What was stored or removed within `grace` stays, and so does, whatever its age, what a
+        running add or pull may need. Raises DamagedError when it is not known what is needed.
+        """
+        from adapterkit.registry.gc import collect
+
+        return collect(self.home, grace, dry_run)
+
+    def outdated(self, retention: Retention, pattern: str | None = None) -> Sequence[Version]:
+        """The versions that `retain` would remove."""
+        return retention.outdated(self.list(pattern), datetime.now(UTC))
+
+    def retain(self, retention: Retention, pattern: str | None = None) -> Sequence[Version]:
+        """Remove versions; those that were. One with a protected tag stays."""
+        gone = []
+        for version in self.outdated(retention, pattern):
+            try:
+                gone.append(self.rm(version.ref))
+            except ConflictError:
+                continue
+        return gone
