@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.fields import LoraFields, TokensFields
 from adapterkit.hub.findings import WARNING, Finding, clean
 from adapterkit.hub.formats import peft_config as config_rules
 from adapterkit.hub.formats.config import ConfigReader
-from adapterkit.hub.formats.peft_keys import read_keys
+from adapterkit.hub.formats.peft_keys import Keys, read_keys
+from adapterkit.hub.formats.peft_type import OTHER_TYPES, PEFT_TYPES, PeftType, peft_type
 from adapterkit.hub.headers import Header, Stored, read_header
 from adapterkit.hub.matching import Targets
 from adapterkit.hub.sources import Folder
@@ -27,19 +27,19 @@ def claims(config: Mapping[str, Any]) -> bool:
 def read(folder: Folder, config: Mapping[str, Any], allow_fields: Collection[str]) -> Adapter:
     """The adapter in canonical form. Raises DamagedError if a file or a field is malformed and
     NotFoundError if it is of a type this program does not have."""
-    kind = _kind(config, folder.name)
+    row = _row(config, folder.name)
     header, findings = _weights(folder)
     reader = ConfigReader(config, f"{folder.name}/{CONFIG}")
     targets = config_rules.targets(reader)
     base, revision = reader.text("base_model_name_or_path"), reader.text("revision")
     task, writer = reader.text("task_type"), reader.text("peft_version")
-    fields, places, keys = _canonical(reader, kind, header, targets)
+    fields, places, keys = _canonical(reader, row, header, targets)
     targets.require_usable(module for module, _ in places)
-    names, unknown = config_rules.unknown(config, kind, allow_fields)
-    findings += config_rules.refusals(config) + unknown + keys.findings
+    names, unknown = config_rules.unknown(config, row, allow_fields)
+    findings += config_rules.refusals(config, row) + unknown + keys.findings
     return Adapter(
         name=folder.name,
-        kind=kind,
+        kind=row.kind,
         format="peft",
         fields=fields,
         targets=targets,
@@ -56,36 +56,28 @@ def read(folder: Folder, config: Mapping[str, Any], allow_fields: Collection[str
 
 
 def _canonical(
-    reader: ConfigReader, kind: str, header: Header, targets: Targets
-) -> tuple[LoraFields | TokensFields, dict[tuple[str, str], Stored], Any]:
+    reader: ConfigReader, row: PeftType, header: Header, targets: Targets
+) -> tuple[Any, dict[tuple[str, str], Stored], Keys]:
     """Fields, placed tensors and key findings; patterns are resolved for the modules found."""
-    if kind == "trainable_tokens":
-        tokens = config_rules.tokens_fields(reader)
-        keys = read_keys(header.tensors, tokens.replaced, targets)
-        return tokens, _placed(header, keys.places), keys
-    plain = config_rules.lora_fields(reader, ())
-    keys = read_keys(header.tensors, plain.replaced, targets)
-    modules = {module for module, _ in keys.places.values()}
-    return config_rules.lora_fields(reader, sorted(modules)), _placed(header, keys.places), keys
+    keys = read_keys(header.tensors, row, row.fields(reader, ()).replaced, targets)
+    modules = {module for module, _ in keys.places.values() if module}
+    places = {place: header.tensors[key] for key, place in keys.places.items()}
+    return row.fields(reader, sorted(modules)), places, keys
 
 
-def _placed(header: Header, places: Mapping[str, tuple[str, str]]) -> dict[tuple[str, str], Stored]:
-    return {place: header.tensors[key] for key, place in places.items()}
-
-
-def _kind(config: Mapping[str, Any], name: str) -> str:
+def _row(config: Mapping[str, Any], name: str) -> PeftType:
     value = config.get("peft_type")
-    if isinstance(value, str) and value in config_rules.KINDS:
-        return config_rules.KINDS[value]
+    if isinstance(value, str) and value in PEFT_TYPES:
+        return peft_type(value)
     shown = clean(str(value), 60)
-    if isinstance(value, str) and value.upper() in config_rules.KINDS:
+    if isinstance(value, str) and value.upper() in PEFT_TYPES:
         raise DamagedError(
             f"{clean(name)}/{CONFIG}: peft_type is {shown}, expected {value.upper()}"
         )
-    if isinstance(value, str) and value in config_rules.OTHER_TYPES:
+    if isinstance(value, str) and value in OTHER_TYPES:
         raise NotFoundError(
             f"{clean(name)}: adapters of type {shown} are known, but not applied by this version",
-            hint=f"this version reads {' and '.join(config_rules.KINDS)}",
+            hint=f"this version reads {', '.join(PEFT_TYPES)}",
         )
     raise NotFoundError(f"{clean(name)}/{CONFIG}: peft_type {shown} is not a known adapter type")
 

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from adapterkit.hub.fields import ReplacedFields
 from adapterkit.hub.findings import ERROR, INFO, WARNING, Finding
+from adapterkit.hub.formats.peft_type import PeftType
 from adapterkit.hub.matching import Targets
 
-PREFIX = "base_model.model."
+ROOT = "base_model."
+PREFIX = ROOT + "model."
+# Beside the endings of each type: parts of the base that any of them may replace.
 ENDINGS = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_B.bias": "B_bias",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_embedding_A": "embedding_A",
-    ".lora_embedding_B": "embedding_B",
     ".token_adapter.trainable_tokens_delta": "tokens",
     ".trainable_tokens_delta": "tokens",
     ".base_layer.bias": "replace.bias",
@@ -26,15 +22,11 @@ ENDINGS = {
 }
 # With bias="all", PEFT also writes the insides of its wrapper around a saved module.
 WRAPPED = re.compile(r"(.+)\.(modules_to_save|original_module)\.(weight|bias)")
-# `model.state_dict()` keeps the adapter's name where `save_pretrained` removes it.
-NAMED = re.compile(
-    r"(.+\.(?:lora_A|lora_B|lora_magnitude_vector|lora_embedding_A|lora_embedding_B"
-    r"|trainable_tokens_delta))\.(?!weight$|bias$)([^.]+)((?:\.weight|\.bias)?)"
-)
 TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 # What other tools leave in front of the path: compiled, distributed, doubly wrapped models.
 STRAYS = ("_orig_mod.", "module.", PREFIX)
 IN_FRONT = re.compile("(?:" + "|".join(map(re.escape, STRAYS)) + ")*")
+Places = Mapping[str, str]
 
 
 @dataclass
@@ -46,18 +38,23 @@ class Keys:
     findings: list[Finding] = field(default_factory=list)
 
 
-def read_keys(keys: Iterable[str], replaced: ReplacedFields, targets: Targets) -> Keys:
+def read_keys(
+    keys: Iterable[str], row: PeftType, replaced: ReplacedFields, targets: Targets
+) -> Keys:
     """Every key placed, or in `strays` with a finding that says what is wrong with it."""
     found = Keys()
+    endings = {**row.endings, **ENDINGS}
+    named = _named_keys(endings)
     taken: dict[tuple[str, str], str] = {}
     names = set()
     for key in keys:
-        plain, name = _without_adapter_name(key)
-        names.update([name] if name else [])
-        place = _place(plain, replaced, targets)
+        match = named.fullmatch(key)
+        names.update([match[2]] if match else [])
+        plain = match[1] + match[3] if match else key
+        place = _whole(plain, row) or _place(plain, endings, replaced, targets)
         if place is None:
             found.strays.append(key)
-            found.findings.append(_stray(key))
+            found.findings.append(_stray(key, endings))
         elif place in taken:
             found.strays.append(key)
             found.findings.append(
@@ -72,18 +69,29 @@ def read_keys(keys: Iterable[str], replaced: ReplacedFields, targets: Targets) -
     return found
 
 
-def _without_adapter_name(key: str) -> tuple[str, str | None]:
-    match = NAMED.fullmatch(key)
-    return (match[1] + match[3], match[2]) if match else (key, None)
+def _named_keys(endings: Places) -> re.Pattern[str]:
+    """Keys as `model.state_dict()` has them, with the adapter's name that `save_pretrained` takes
+    out: groups before it, it, and behind it."""
+    stems = {re.sub(r"\.(weight|bias)$", "", ending) for ending in endings}
+    own = "|".join(re.escape(stem) for stem in sorted(stems) if stem != ".base_layer")
+    return re.compile(rf"(.+(?:{own}))\.(?!weight$|bias$)([^.]+)((?:\.weight|\.bias)?)")
 
 
-def _place(key: str, replaced: ReplacedFields, targets: Targets) -> tuple[str, str] | None:
+def _whole(key: str, row: PeftType) -> tuple[str, str] | None:
+    """The place of a tensor that belongs to no module: module ""."""
+    role = row.whole.get(key.removeprefix(ROOT)) if key.startswith(ROOT) else None
+    return None if role is None else ("", role)
+
+
+def _place(
+    key: str, endings: Places, replaced: ReplacedFields, targets: Targets
+) -> tuple[str, str] | None:
     if not key.startswith(PREFIX) or key.startswith(PREFIX * 2):
         return None
     path = key.removeprefix(PREFIX)
     if path.startswith(STRAYS):
         return None
-    for ending, role in ENDINGS.items():
+    for ending, role in endings.items():
         if path.endswith(ending) and len(path) > len(ending):
             return path.removesuffix(ending), role
     return _replacement(path, replaced, targets)
@@ -122,9 +130,9 @@ def _named(names: set[str]) -> Finding:
     )  # fmt: skip
 
 
-def _stray(key: str) -> Finding:
+def _stray(key: str, endings: Places) -> Finding:
     path = IN_FRONT.sub("", key, count=1)
-    recognised = any(path.endswith(ending) for ending in ENDINGS)
+    recognised = any(path.endswith(ending) for ending in endings)
     if recognised and (PREFIX + path) != key:
         hint = "rename the tensors, or save the adapter again with save_pretrained"
         return Finding(ERROR, "wrong-prefix", key, PREFIX + path, "another prefix", hint)

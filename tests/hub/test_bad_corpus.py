@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from adapterkit.cli.main import main
 from adapterkit.hub import check, exit_code
 from adapterkit.hub.findings import listing
-from adapterkit.hub.formats.peft_config import KINDS, OTHER_TYPES
+from adapterkit.hub.formats.peft_type import OTHER_TYPES, PEFT_TYPES
 from adapterkit.registry import AdapterError
 
 FIXTURES = Path(os.environ.get("ADAPTERKIT_FIXTURES") or Path(__file__).parents[1] / "data")
@@ -40,7 +40,7 @@ def other_type(folder: Path) -> str | None:
     if isinstance(config, dict) and "version" in config and "peft_type" not in config:
         return "AdapterHub"
     kind = config.get("peft_type") if isinstance(config, dict) else None
-    return kind if kind in OTHER_TYPES and kind not in KINDS else None
+    return kind if kind in OTHER_TYPES and kind not in PEFT_TYPES else None
 
 
 def by_api(path: Path, base: Path, deep: bool) -> Outcome:

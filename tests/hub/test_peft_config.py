@@ -12,7 +12,8 @@ import pytest
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.fields import LoraFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, WARNING
-from adapterkit.hub.formats.peft_config import KINDS, OTHER_TYPES, REFUSED
+from adapterkit.hub.formats.peft_lora import REFUSED
+from adapterkit.hub.formats.peft_type import OTHER_TYPES, PEFT_TYPES
 from adapterkit.hub.locate import locate
 from adapterkit.hub.read import read_adapter
 from adapterkit.registry.errors import DamagedError, NotFoundError
@@ -181,7 +182,7 @@ def test_every_problem_of_a_folder_is_said_at_once(make: Make) -> None:
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", sorted(OTHER_TYPES - KINDS.keys()))
+@pytest.mark.parametrize("kind", sorted(OTHER_TYPES - PEFT_TYPES.keys()))
 def test_a_known_type_that_is_not_applied_is_refused_by_name(make: Make, kind: str) -> None:
     with pytest.raises(NotFoundError, match=f"type {kind} are known, but not applied") as caught:
         read(make(peft_type=kind))

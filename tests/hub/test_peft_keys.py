@@ -12,6 +12,7 @@ import pytest
 from adapterkit.hub.fields import ReplacedFields
 from adapterkit.hub.findings import ERROR, INFO, WARNING
 from adapterkit.hub.formats.peft_keys import Keys, read_keys
+from adapterkit.hub.formats.peft_lora import LORA
 from adapterkit.hub.locate import locate
 from adapterkit.hub.matching import Targets
 from adapterkit.hub.read import read_adapter
@@ -22,7 +23,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 def keys(*names: str, bias: str = "none", saved: tuple[str, ...] = ()) -> Keys:
-    return read_keys(names, ReplacedFields(bias=bias, saved=saved), Targets(saved=saved))
+    return read_keys(names, LORA, ReplacedFields(bias=bias, saved=saved), Targets(saved=saved))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,121 @@
+"""`peft_type: LORA`: what its config asks for, or why it is refused.
+
+Source: peft 0.21 `tuners/lora/config.py`; older spellings back to 0.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from adapterkit.hub.fields import LoraFields
+from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
+from adapterkit.hub.formats.config import ConfigReader
+from adapterkit.hub.formats.peft_config import MAX_RANK, replaced, resolved
+from adapterkit.hub.formats.peft_type import PeftType
+from adapterkit.hub.matching import Patterns
+
+KNOWN = frozenset(
+    [
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+        "bias",
+        "fan_in_fan_out",
+        "trainable_token_indices",
+        "ensure_weight_tying",
+        "init_lora_weights",
+        "lora_dropout",
+        "runtime_config",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "qalora_group_size",
+        "megatron_core",
+    ]
+)
+
+# Options that change what the adapter computes and that nothing here applies.
+REFUSED = {
+    "layer_replication": "layers are repeated before the adapter is applied",
+    "alora_invocation_tokens": "only tokens after an invocation sequence are adapted (aLoRA)",
+    "use_qalora": "inputs are pooled (QALoRA)",
+    "use_bdlora": "factors are block-diagonal (BD-LoRA)",
+    "arrow_config": "adapters are routed by Arrow",
+    "kasa_config": "singular values are adapted (KaSA)",
+    "velora_config": "activations are compressed (VeLoRA)",
+    "monteclora_config": "factors are sampled (MonteCLoRA)",
+    "megatron_config": "layers are split over devices (Megatron)",
+    "target_parameters": "parameters that are not modules are adapted (fused experts)",
+    "lora_use_mixer": "a mixer stands between A and B (MoSLoRA)",
+    "enable_lora": "one fused matrix holds several adapters (loralib MergedLinear)",
+}
+# PEFT 0.2 and 0.3 wrote it; it only said when to merge.
+INERT = frozenset({"merge_weights"})
+
+# These inits subtract their start from the base when PEFT loads the file.
+MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+INITS = ("gaussian", "eva", "orthogonal", *MUTATING)
+
+
+def read(reader: ConfigReader, names: Collection[str]) -> LoraFields:
+    ranks = reader.numbers_by_pattern("rank_pattern", integer=True)
+    alphas = reader.numbers_by_pattern("alpha_pattern", integer=False)
+    plain = LoraFields(
+        rank=reader.count("r", 8, MAX_RANK),
+        alpha=reader.number("lora_alpha", 8),
+        rslora=reader.flag("use_rslora"),
+        dora=reader.flag("use_dora"),
+        lora_bias=reader.flag("lora_bias"),
+        replaced=replaced(reader, "trainable_token_indices", names),
+    )
+    reader.flag("fan_in_fan_out")  # checked only: the base's module type decides, as in PEFT
+    _check_init(reader)
+    reader.done()
+    patterns = Patterns()
+    return replace(
+        plain,
+        ranks=resolved(ranks, names, patterns, "rank_pattern"),
+        alphas=resolved(alphas, names, patterns, "alpha_pattern"),
+    )
+
+
+def _check_init(reader: ConfigReader) -> None:
+    value = reader.config.get("init_lora_weights", True)
+    named = isinstance(value, str) and (value.lower() in INITS or value.startswith("pissa_niter_"))
+    if not named and not isinstance(value, bool | None):
+        reader.fault("init_lora_weights", f"a boolean or one of {', '.join(INITS)}")
+
+
+def refusals(config: Mapping[str, Any]) -> list[Finding]:
+    init = config.get("init_lora_weights")
+    if not isinstance(init, str) or not init.lower().startswith(MUTATING):
+        return []
+    why = f"init_lora_weights {init!r} subtracts the adapter's start from the base at loading"
+    hint = "convert it: PEFT saves plain LoRA with path_initial_model_for_weight_conversion"
+    return [Finding(ERROR, UNSUPPORTED, "init_lora_weights", "a plain start", why, hint)]
+
+
+LORA = PeftType(
+    kind="lora",
+    endings={
+        ".lora_A.weight": "A",
+        ".lora_B.weight": "B",
+        ".lora_B.bias": "B_bias",
+        ".lora_magnitude_vector": "magnitude",
+        ".lora_magnitude_vector.weight": "magnitude",
+        ".lora_embedding_A": "embedding_A",
+        ".lora_embedding_B": "embedding_B",
+    },
+    fields=read,
+    known=KNOWN,
+    inert=INERT,
+    refused=REFUSED,
+    refusals=refusals,
+)
