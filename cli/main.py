@@ -25,6 +25,7 @@ COMMANDS = {
     "search": "Find versions by words, best match first.",
     "show": "Show everything recorded about one version.",
     "log": "Show what happened to an adapter, newest first.",
+    "diff": "Show what differs between two adapters.",
     "tag": "Point a tag at a version.",
     "rm": "Remove a version, or a tag.",
     "yank": "Say that a version should not be used any more.",

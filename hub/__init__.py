@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adapterkit.hub.check import check, exit_code
     from adapterkit.hub.compose.attach import Adapters, attach, attached
     from adapterkit.hub.describe import describe
+    from adapterkit.hub.diff import Diff, diff
     from adapterkit.hub.findings import Finding, Report
     from adapterkit.hub.load import load
 
@@ -19,12 +20,14 @@ PLACES = {
     "Adapter": "adapterkit.hub.adapter",
     "AdapterInfo": "adapterkit.hub.adapter",
     "Adapters": "adapterkit.hub.compose.attach",
+    "Diff": "adapterkit.hub.diff",
     "Finding": "adapterkit.hub.findings",
     "Report": "adapterkit.hub.findings",
     "attach": "adapterkit.hub.compose.attach",
     "attached": "adapterkit.hub.compose.attach",
     "check": "adapterkit.hub.check",
     "describe": "adapterkit.hub.describe",
+    "diff": "adapterkit.hub.diff",
     "exit_code": "adapterkit.hub.check",
     "load": "adapterkit.hub.load",
 }
@@ -33,12 +36,14 @@ __all__ = [
     "Adapter",
     "AdapterInfo",
     "Adapters",
+    "Diff",
     "Finding",
     "Report",
     "attach",
     "attached",
     "check",
     "describe",
+    "diff",
     "exit_code",
     "load",
 ]

@@ -50,14 +50,14 @@ def _scan(stored: Stored) -> tuple[int, float]:
     n_bad, largest = 0, 0.0
     for start in range(stored.start, stored.stop, CHUNK * width):
         size = min(CHUNK * width, stored.stop - start)
-        values = _decode(stored.source.read(start, size), stored.dtype)
+        values = decode(stored.source.read(start, size), stored.dtype)
         finite = np.isfinite(values)
         n_bad += int(values.size - np.count_nonzero(finite))
         largest = max(largest, float(np.max(np.abs(values), where=finite, initial=0.0)))
     return n_bad, largest
 
 
-def _decode(data: bytes, dtype: str) -> NDArray[Any]:
+def decode(data: bytes, dtype: str) -> NDArray[Any]:
     import numpy as np
 
     if dtype == "BF16":  # the upper half of a float32

@@ -37,8 +37,8 @@ def names(catalog: Catalog, pattern: str | None = None) -> list[str]:
         return found
     fits = re.compile(translate(pattern)).match
     # Without a slash a pattern is about what users see, which `local/` is not part of.
-    full = "/" in pattern
-    return [n for n in found if fits(n.removeprefix(f"{LOCAL}/")) or (full and fits(n))]
+    whole = "/" in pattern
+    return [n for n in found if fits(n.removeprefix(f"{LOCAL}/")) or (whole and fits(n))]
 
 
 def search(catalog: Catalog, text: str, limit: int | None = None) -> list[Version]:

@@ -23,9 +23,10 @@ STEPS = {
     "maths": {"primitives", "tensors", "kinds", "quant"},
     "io": {
         "formats", "bases", "locate", "read", "values", "sums", "fit", "identity", "check", "task",
+        "norms",
     },
     "model": {"compose", "load"},
-    "outside": {"remotes", "sync", "ingest", "describe", "arrival", "demo"},
+    "outside": {"remotes", "diff", "sync", "ingest", "describe", "arrival", "demo"},
 }  # fmt: skip
 RANK = {step: rank for rank, step in enumerate(STEPS)}
 NETWORK = {"socket", "http", "urllib.request", "requests", "httpx"}

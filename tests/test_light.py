@@ -46,10 +46,16 @@ def test_no_light_command_imports_torch(fixtures, tmp_path):
         ("check", "sql", "--base", base, "--deep"),
         ("base", base, "--weights"),
         ("tag", "sql@1.0", "prod"),
+        ("log", "sql"),
+        ("search", "sql"),
+        ("du",),
+        ("diff", "sql", folder),
+        ("yank", "sql@1.0", "--undo"),
         ("push", "sql", remote),
         ("pull", f"{remote}#sql", "copy"),
         ("export", "sql", str(tmp_path / "out")),
-        ("rm", "copy@1.0"),
+        ("mv", "copy", "other"),
+        ("rm", "other@1.0"),
     ):
         found[arguments[0]] = modules(*arguments) & HEAVY
     assert found == {name: set() for name in found}
