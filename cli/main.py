@@ -31,6 +31,8 @@ COMMANDS = {
     "yank": "Say that a version should not be used any more.",
     "mv": "Give an adapter another name.",
     "du": "Show how much room adapters take.",
+    "verify": "Read everything stored and say what is damaged.",
+    "gc": "Free the room of what no version needs.",
     "export": "Write the files of a version into a folder.",
     "check": "Say whether adapters fit their base model.",
     "base": "Show the identity of a base model.",
