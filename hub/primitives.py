@@ -1,8 +1,11 @@
 """The few updates every kind is lowered to; engines know these and nothing else.
 
-For a module with weight W (out, in), bias b and input x, all of class *additive*: with weights w_k,
-W+ = W + sum w_k delta_k and b+ = b + sum w_k beta_k, exact and in any order. An embedding counts as
-W = table transposed (width, rows), which multiplies one-hot inputs.
+For a module with weight W (out, in), bias b and input x, the output is y = rho * (W+ P x + b+).
+
+*Additive* updates add, in any order: W+ = W + sum w_k delta_k, b+ = b + sum w_k beta_k.
+*Gains* act outside that sum: rho = prod (1 + w_k (l_k - 1)), P the same for inputs, where rotations
+take part in the order given. An embedding counts as W = table transposed (width, rows), which
+multiplies one-hot inputs.
 """
 
 from __future__ import annotations
@@ -48,4 +51,37 @@ class Replace:
     rows: tuple[int, ...] | None = None
 
 
-Primitive = LowRank | RowScale | BiasShift | Replace
+@dataclass(frozen=True, eq=False)
+class DenseDelta:
+    """W + D.  D (out, in): as large as the weight, so only where no factors are known."""
+
+    D: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class OutputGain:
+    """diag(l) around the sum, the bias too.  l (out)."""
+
+    l: Tensor  # noqa: E741 (its name in the formula)
+
+
+@dataclass(frozen=True, eq=False)
+class InputGain:
+    """x scaled before the product.  l (in)."""
+
+    l: Tensor  # noqa: E741 (its name in the formula)
+
+
+@dataclass(frozen=True, eq=False)
+class InputRotation:
+    """x turned before the product, each run of b inputs by its block: x_i R_i.
+
+    R (n, b, b) with n b = in; (1, b, b) when all runs share one block.
+    """
+
+    R: Tensor
+
+
+Additive = LowRank | RowScale | BiasShift | DenseDelta | Replace
+Gain = OutputGain | InputGain | InputRotation
+Primitive = Additive | Gain

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from adapterkit.hub.bases.base import Base
+from adapterkit.hub.compose import weighing
 from adapterkit.hub.compose.admit import Options, admit
 from adapterkit.hub.compose.lowering import Bound, Lowered, lower
 from adapterkit.hub.compose.model import describe_model
@@ -20,7 +21,6 @@ from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.compose.plan import Weighted
 from adapterkit.hub.findings import clean
 from adapterkit.hub.locate import Source, locate
-from adapterkit.hub.primitives import RowScale
 from adapterkit.hub.sources import Folder
 from adapterkit.registry.errors import (
     ConflictError,
@@ -79,10 +79,7 @@ class Adapters:
         """
         given = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, 1.0)
         self._known(given)
-        wrong = [f"{name}={weight!r}" for name, weight in given.items() if not _is_weight(weight)]
-        if wrong:
-            raise InvalidError(f"weights must be finite numbers, found {', '.join(wrong)}")
-        self._check_dialect(given)
+        weighing.require_usable(given, self._lowered, self._options.dialect)
         active = {name: float(weight) for name, weight in given.items() if weight != 0}
         updates: dict[str, list[Weighted]] = {}
         for name, weight in active.items():
@@ -91,8 +88,11 @@ class Adapters:
         for module in updates.keys() - self._patches.keys():
             self._patches[module] = Patch(self._modules[module])
         sequential = self._options.dialect == "peft"
+        weighted = any(weight != 1 for weight in active.values())
         plans = {
-            module: patch.fold(updates.get(module, ()), sequential=sequential)
+            module: patch.fold(
+                updates.get(module, ()), sequential=sequential, sum_gains=sequential and weighted
+            )
             for module, patch in self._patches.items()
         }
         for module, plan in plans.items():  # nothing above can leave half of it active
@@ -122,32 +122,6 @@ class Adapters:
         if unknown:
             held = ", ".join(self._lowered) or "nothing"
             raise NotFoundError(f"no adapter is attached as {', '.join(unknown)}; attached: {held}")
-
-    def _check_dialect(self, weights: Mapping[str, float]) -> None:
-        if self._options.dialect != "peft":
-            return
-        scaled = [
-            name
-            for name, weight in weights.items()
-            if weight not in (0, 1) and _rescales(self._lowered[name])
-        ]
-        if scaled:
-            raise InvalidError(
-                f"the peft dialect gives DoRA no weight but 0 and 1: {', '.join(scaled)}",
-                hint="attach without dialect='peft'",
-            )
-
-
-def _rescales(lowered: Lowered) -> bool:
-    return any(isinstance(p, RowScale) for made in lowered.updates.values() for p in made)
-
-
-def _is_weight(value: object) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and bool(torch.isfinite(torch.tensor(float(value))))
-    )
 
 
 def attach(

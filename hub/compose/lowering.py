@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from adapterkit.hub.compose.model import weights_of
 from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.findings import clean
 from adapterkit.hub.kinds import kind
-from adapterkit.hub.primitives import BiasShift, LowRank, Primitive, RowScale
+from adapterkit.hub.primitives import DenseDelta, InputRotation, LowRank, Primitive
 from adapterkit.hub.quant import format_of
 from adapterkit.hub.tensors import read_tensor
 from adapterkit.registry.errors import DamagedError, MismatchError
@@ -44,9 +45,16 @@ class LiveSite:
     """A module of the live model, as a kind sees it."""
 
     module: Module
-    tied: tuple[str, ...]
+    base: Base
+    adapter: Adapter
     live: nn.Module
     origin: Origin
+
+    def tied(self, *roles: str) -> tuple[str, ...]:
+        held = {module for module, role in self.adapter.tensors if role in roles}
+        sharers = self.base.modules.values()
+        mine = [m.name for m in sharers if m.tied_to == self.module.name]
+        return tuple(name for name in mine if name not in held)
 
     def weight(self) -> Tensor:
         """From memory, else from the files the model came from.
@@ -90,7 +98,7 @@ def lower(
     tensors = _read(adapter)
     for name, stored in adapter.modules.items():
         live = modules[name]
-        site = LiveSite(base.modules[name], _tied(base, name), live, origin)
+        site = LiveSite(base.modules[name], base, adapter, live, origin)
         given = {role: tensors[name, role].to(_device(live)) for role in stored}
         roles, copies = _without_copies(given, live)
         used = Used(roles)
@@ -122,10 +130,6 @@ def _read(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
     return {place: tensor.float() for place, tensor in tensors.items()}
 
 
-def _tied(base: Base, name: str) -> tuple[str, ...]:
-    return tuple(module.name for module in base.modules.values() if module.tied_to == name)
-
-
 def _device(module: nn.Module) -> torch.device:
     return next((p.device for p in module.parameters(recurse=False)), torch.device("cpu"))
 
@@ -145,18 +149,21 @@ def _without_copies(
 def _placed(primitive: Primitive, live: nn.Module, dtype: torch.dtype | None) -> Primitive:
     """The primitive on the module's device; factors in the dtype they are multiplied in.
 
-    Scales, row scales and shifts stay float32: they are constants of one multiplication each.
+    Scales, gains, rotations and shifts stay float32: they are small, and an error in them is one of
+    the whole output.
     """
     device = _device(live)
+    compute = dtype or format_of(live).compute_dtype(live) or torch.float32
     if isinstance(primitive, LowRank):
-        compute = dtype or format_of(live).compute_dtype(live) or torch.float32
         b = primitive.B.to(device)
         if primitive.out_scale is not None:  # folded in float32, rounded once
             b = b * primitive.out_scale.to(device)[:, None]
         a, b = primitive.A.to(device, compute), b.to(compute)
         return replace(primitive, A=a.contiguous(), B=b.contiguous(), out_scale=None)
-    if isinstance(primitive, RowScale):
-        return RowScale(primitive.g.to(device))
-    if isinstance(primitive, BiasShift):
-        return BiasShift(primitive.d.to(device))
-    return replace(primitive, T=primitive.T.to(device))
+    if isinstance(primitive, DenseDelta):
+        return DenseDelta(primitive.D.to(device, compute))
+    if isinstance(primitive, InputRotation):
+        return InputRotation(primitive.R.to(device, dtype or torch.float32))
+    held = {field.name: getattr(primitive, field.name) for field in fields(primitive)}
+    moved: dict[str, Any] = {n: v.to(device) for n, v in held.items() if isinstance(v, Tensor)}
+    return replace(primitive, **moved)

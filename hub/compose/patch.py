@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapterkit.hub.compose import replacing
+from adapterkit.hub.compose import gains, replacing
 from adapterkit.hub.compose.plan import Plan, Replacement, Sums, Weighted, fold, split
 from adapterkit.hub.quant import format_of
 
@@ -38,15 +38,18 @@ class Patch:
         else:
             del self.module.forward
 
-    def fold(self, updates: Sequence[Weighted], *, sequential: bool) -> Plan | None:
+    def fold(
+        self, updates: Sequence[Weighted], *, sequential: bool, sum_gains: bool = False
+    ) -> Plan | None:
         """The plan for the updates of all active adapters, to be set as `plan`; None: the base."""
         if not updates:
             return None
-        summed, replacements = split(updates)
+        summed, replacements, outside = split(updates)
         by_name: dict[str, list[Replacement]] = {}
         for weight, new in replacements:
             by_name.setdefault(new.name, []).append((weight, new))
-        return self._plan(fold(summed, sequential=sequential), by_name)
+        plan = self._plan(fold(summed, sequential=sequential), by_name)
+        return replace(plan, gains=gains.fold(outside, summed=sum_gains))
 
     def _plan(self, sums: Sums, replaced: dict[str, list[Replacement]]) -> Plan:
         plan = Plan(sums)

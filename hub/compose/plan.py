@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapterkit.hub.primitives import BiasShift, LowRank, Primitive, Replace, RowScale
+from adapterkit.hub.compose.gains import Gains
+from adapterkit.hub.primitives import (
+    BiasShift,
+    DenseDelta,
+    Gain,
+    LowRank,
+    Primitive,
+    Replace,
+    RowScale,
+)
 
 
 @dataclass(frozen=True)
@@ -23,9 +32,10 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Sums:
-    """The additive updates of a module: y = y0 + g (y0 - b) + expand(project(x, A) gate, B) + d.
+    """The additive updates of a module:
+    y = y0 + g (y0 - b) + expand(project(x, A) gate, B) + D x + d.
 
-    A (R, in), gate (R), B (out, R), g (out), d (out); None where there is nothing.
+    A (R, in), gate (R), B (out, R), g (out), d (out), D (out, in); None where there is nothing.
     """
 
     A: Tensor | None = None
@@ -33,10 +43,11 @@ class Sums:
     B: Tensor | None = None
     g: Tensor | None = None
     d: Tensor | None = None
+    D: Tensor | None = None
 
 
 def fold(updates: Sequence[Weighted], *, sequential: bool = False) -> Sums:
-    """The sum of all updates but Replace.
+    """The sum of all additive updates but Replace.
 
     sequential: PEFT's dialect, in which a row scale also multiplies what came before it
     (peft 0.21 `tuners/lora/variants.py`, DoraLinearVariant.forward).
@@ -44,18 +55,22 @@ def fold(updates: Sequence[Weighted], *, sequential: bool = False) -> Sums:
     factors: list[tuple[float, LowRank, Tensor | None]] = []
     shift: Tensor | None = None
     g: Tensor | None = None
+    dense: Tensor | None = None
     for weight, primitive in ((update.weight, update.primitive) for update in updates):
         if isinstance(primitive, LowRank):
             factors.append((weight, primitive, None))
         elif isinstance(primitive, BiasShift):
             shift = _add(shift, weight * primitive.d)
+        elif isinstance(primitive, DenseDelta):
+            dense = _add(dense, primitive.D if weight == 1 else weight * primitive.D)
         elif isinstance(primitive, RowScale):
             scaled = weight * primitive.g
             if sequential:
                 factors, shift = _rescale(factors, 1 + scaled, shift)
+                dense = None if dense is None else dense * (1 + scaled)[:, None].to(dense.dtype)
                 scaled = scaled if g is None else scaled * (1 + g)
             g = _add(g, scaled)
-    return Sums(*_stack(factors), g, shift)
+    return Sums(*_stack(factors), g, shift, dense)
 
 
 def _add(total: Tensor | None, more: Tensor) -> Tensor:
@@ -103,6 +118,7 @@ class Rows:
 class Plan:
     """Everything active on one module.
 
+    gains: around all the rest, which sees P x for x.
     shadow: the forward of a copy of the module that has other parameters for those replaced whole;
     dense: a replaced weight (out, in) of a quantized linear, whose class cannot hold it.
     """
@@ -111,11 +127,15 @@ class Plan:
     rows: Rows | None = None
     shadow: Callable[..., Any] | None = None
     dense: Tensor | None = None
+    gains: Gains = Gains()
 
     def run(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """The module's output with everything applied. The base's product is computed once, and a
         second time only where a row scale and a whole new weight meet."""
         x = args[0] if args else next(iter(kwargs.values()))
+        if self.gains.steps:
+            x = self.gains.enter(x)
+            args, kwargs = ((x, *args[1:]), kwargs) if args else ((), _first(kwargs, x))
         if self.shadow is not None:
             y = self.shadow(*args, **kwargs)
         elif self.dense is not None:
@@ -125,22 +145,30 @@ class Plan:
             y = original(*args, **kwargs)
         replaced = self.shadow is not None or self.dense is not None
         base = original(*args, **kwargs) if replaced and self.sums.g is not None else y
+        dtype = y.dtype
         if self.rows is not None:
             y = _with_rows(module, self.rows, x, y)
-        return _with_sums(module, self.sums, x, y, base)
+        y = _with_sums(module, self.sums, x, y, base)
+        return self.gains.leave(y).to(dtype)  # rounded once
+
+
+def _first(kwargs: dict[str, Any], x: Tensor) -> dict[str, Any]:
+    """The keyword arguments with x for the first of them, the input."""
+    return {**kwargs, next(iter(kwargs)): x}
 
 
 def _with_sums(module: nn.Module, sums: Sums, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
-    dtype = y.dtype
     if sums.g is not None:
         bias = getattr(module, "bias", None)
         product = base if bias is None else base - bias.to(base.dtype)
         y = y + product * sums.g.to(y.device)
     if sums.A is not None and sums.B is not None:
         y = y + low_rank(module, x, sums.A, sums.gate, sums.B)
+    if sums.D is not None:
+        y = y + _dense(module, x, sums.D)
     if sums.d is not None:
         y = y + sums.d
-    return y.to(dtype)
+    return y
 
 
 def low_rank(module: nn.Module, x: Tensor, a: Tensor, gate: Tensor | None, b: Tensor) -> Tensor:
@@ -150,6 +178,14 @@ def low_rank(module: nn.Module, x: Tensor, a: Tensor, gate: Tensor | None, b: Te
     else:
         z = functional.linear(x.to(a.dtype), a)
     y = functional.linear(z if gate is None else z * gate, b)
+    return y * scale.to(y.dtype) if (scale := embed_scale(module)) is not None else y
+
+
+def _dense(module: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
+    """D x, (..., out). x (..., in); token ids (...) for an embedding."""
+    if not isinstance(module, nn.Embedding):
+        return functional.linear(x.to(delta.dtype), delta)
+    y = functional.embedding(x, delta.mT)
     return y * scale.to(y.dtype) if (scale := embed_scale(module)) is not None else y
 
 
@@ -176,13 +212,18 @@ def _with_rows(module: nn.Module, rows: Rows, x: Tensor, y: Tensor) -> Tensor:
 Replacement = tuple[float, Replace]
 
 
-def split(updates: Sequence[Weighted]) -> tuple[list[Weighted], list[Replacement]]:
-    """(updates that are summed, weights and updates that replace)."""
+def split(
+    updates: Sequence[Weighted],
+) -> tuple[list[Weighted], list[Replacement], list[tuple[float, Gain]]]:
+    """(updates that are summed, weights and updates that replace, weights and gains)."""
     summed: list[Weighted] = []
     replaced: list[Replacement] = []
+    gains: list[tuple[float, Gain]] = []
     for update in updates:
         if isinstance(update.primitive, Replace):
             replaced.append((update.weight, update.primitive))
+        elif isinstance(update.primitive, Gain):
+            gains.append((update.weight, update.primitive))
         else:
             summed.append(update)
-    return summed, replaced
+    return summed, replaced, gains
