@@ -21,14 +21,31 @@ _OWN = {
 
 
 def check(home: Path, files: Files, kind: str = STORE) -> bool:
-    """Whether there is a registry, or the remote. Raises if there is something else, or a newer
-    one."""
+    """Whether there is a registry, or the remote. Raises if there is something else, or one of
+    another format."""
+    found = number(home, files, kind)
+    if found is None:
+        _check_free(home, files, kind)
+        return False
+    if found < FORMAT:
+        raise AdapterError(
+            f"the {kind} {home} has format {found}, older than {FORMAT}", hint="adapter upgrade"
+        )
+    if kind == STORE and not (home / "log").exists():
+        raise DamagedError(
+            f"the registry {home} lost its log, which says what it holds",
+            hint="restore the file 'log' from a backup",
+        )
+    return True
+
+
+def number(home: Path, files: Files, kind: str = STORE) -> int | None:
+    """The number of its format, if it has one. Raises if it is newer than this program's."""
     try:
         with files.open(home / "FORMAT") as file:
             text = file.read(100).decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
-        _check_free(home, files, kind)
-        return False
+        return None
     found = re.fullmatch(r"adapterkit-(\w+) (\d{1,9})\n", text)
     if found is None:
         raise DamagedError(f"{home / 'FORMAT'} holds {text[:40]!r}, not a format's number")
@@ -39,12 +56,7 @@ def check(home: Path, files: Files, kind: str = STORE) -> bool:
             f"the {kind} {home} has format {found[2]}, newer than {FORMAT}",
             hint="upgrade adapterkit: pip install -U adapterkit",
         )
-    if kind == STORE and not (home / "log").exists():
-        raise DamagedError(
-            f"the registry {home} lost its log, which says what it holds",
-            hint="restore the file 'log' from a backup",
-        )
-    return True
+    return int(found[2])
 
 
 def _check_free(home: Path, files: Files, kind: str) -> None:
@@ -79,4 +91,5 @@ def line(kind: str = STORE) -> bytes:
 
 def strange(home: Path, files: Files) -> list[str]:
     """Names in the folder of a registry that no registry makes."""
-    return sorted(set(files.listdir(home)) - _OWN[STORE])
+    names = set(files.listdir(home)) - _OWN[STORE]
+    return sorted(name for name in names if not re.fullmatch(r"before-\d+", name))

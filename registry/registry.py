@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from adapterkit.registry import attaching, commit, queries
+from adapterkit.registry import attaching, backup, commit, queries
+from adapterkit.registry.backup import Copied
 from adapterkit.registry.blobs import Blob, Content, Fetch, Progress
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
@@ -75,6 +76,17 @@ class Registry(UpkeepSide):
                 target = queries.resolve(change.catalog, wanted)
                 attaching.append(change, target, entry)
         return next(a for a in self.attachments(target.ref) if attaching.same(a, entry))
+
+    def backup(self, path: Path, progress: Progress = lambda size: None) -> Copied:
+        """Copy everything into one new file, as it is at one moment, while others may write.
+
+        Raises DamagedError when something has rotted; then there is no file.
+        """
+        return backup.backup(self.home, path, progress)
+
+    def restore(self, path: Path, progress: Progress = lambda size: None) -> Copied:
+        """Make this registry, which must be empty, what `path` holds, all or nothing."""
+        return backup.restore(self.home, path, progress)
 
     def put_blob(self, content: Content, digest: str, size: int | None = None) -> Blob:
         """Store bytes that arrived from elsewhere. Raises DamagedError when they are not those.
