@@ -82,28 +82,31 @@ class Blobs:
 
     def stamp(self, digest: str) -> Stamp | None:
         """None when there is no such blob, or something else than a file in its place."""
-        try:
-            status = self.files.lstat(self.path(digest))
-        except FileNotFoundError:
-            return None
+        with storage_errors(f"blob {digest[:12]} cannot be read", self.error):
+            try:
+                status = self.files.lstat(self.path(digest))
+            except FileNotFoundError:
+                return None
         if not stat.S_ISREG(status.st_mode):
             return None
         return Stamp(status.st_size, status.st_mtime_ns, status.st_ino)
 
     def intact(self, digest: str) -> bool:
         """Whether the stored bytes are those the name says; reads them all."""
-        if self.stamp(digest) is None:
-            return False
-        with self.files.open(self.path(digest)) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == bare(digest)
+        with storage_errors(f"blob {digest[:12]} cannot be read", self.error):
+            if self.stamp(digest) is None:
+                return False
+            with self.files.open(self.path(digest)) as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == bare(digest)
 
     def read(self, digest: str) -> bytes:
         """The bytes of a small blob, checked. Raises DamagedError."""
-        try:
-            with self.files.open(self.path(digest)) as file:
-                data = file.read()
-        except FileNotFoundError as error:
-            raise DamagedError(f"blob {digest[:12]} is missing") from error
+        with storage_errors(f"blob {digest[:12]} cannot be read", self.error):
+            try:
+                with self.files.open(self.path(digest)) as file:
+                    data = file.read()
+            except FileNotFoundError as error:
+                raise DamagedError(f"blob {digest[:12]} is missing") from error
         found = hashlib.sha256(data).hexdigest()
         if found != bare(digest):
             raise DamagedError(f"blob {digest[:12]} holds other bytes, of digest {found[:12]}")

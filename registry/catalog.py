@@ -55,6 +55,10 @@ class Catalog:
     def _number(self, query: str) -> int:
         return int(self.db.execute(query).fetchone()[0])
 
+    def is_current(self) -> bool:
+        """Whether it has taken all steps of this program."""
+        return self._number("PRAGMA user_version") >= len(STEPS)
+
     def close(self) -> None:
         self.db.close()
 

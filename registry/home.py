@@ -6,7 +6,7 @@ import sqlite3
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,8 @@ LOCK_SECONDS = 60.0
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CONSTRAINT")
 # ValueError: text, also that of SQLite's own messages, that is no UTF-8 or no JSON any more.
 _UNUSABLE = (sqlite3.DatabaseError, ValueError)
+
+_HINT = "free some space; the catalog can be deleted, and is made again from the log"
 
 T = TypeVar("T")
 
@@ -90,8 +92,14 @@ class Home:
     def revive(self, digest: str) -> bool:
         return self.trash.revive(digest)
 
-    def _errors(self) -> AbstractContextManager[None]:
-        return storage_errors(f"the registry {self.path}")
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            with storage_errors(f"the registry {self.path}"):
+                yield
+        except sqlite3.Error as error:
+            message = f"the catalog of {self.path} cannot be used: {error}"
+            raise AdapterError(message, hint=_HINT) from error
 
     def exists(self) -> bool:
         """Now, not only when it was opened."""
@@ -141,7 +149,14 @@ class Home:
             if not _is_broken(error):
                 return Catalog(None)
         delete(path)
-        return Catalog(path)
+        return self._new_catalog(path)
+
+    def _new_catalog(self, path: Path) -> Catalog:
+        """In memory where the disk is too full, or fails, for one there."""
+        try:
+            return Catalog(path)
+        except sqlite3.DatabaseError:
+            return Catalog(None)
 
     def _sound(self, catalog: Catalog) -> Catalog:
         """Raises sqlite3.DatabaseError when `catalog` was made from another log."""

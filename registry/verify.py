@@ -112,7 +112,8 @@ class _Check:
         return state
 
     def _disk(self) -> Catalog | None:
-        """A copy of the catalog on disk, None where there is none or it is too broken to read."""
+        """A copy of the catalog on disk; None where there is none, or one that the next command
+        makes or migrates, or one too broken to read."""
         path = self.home / "catalog.db"
         if not path.exists():
             return None
@@ -122,12 +123,14 @@ class _Check:
             self.faults.append(catalogcheck.damaged(f"cannot be read: {error}"))
             return None
         try:
-            faults = catalogcheck.sound(copy)
-            copy.place()
+            faults = []
+            if copy.is_current():
+                faults = catalogcheck.sound(copy)
+                copy.place()
         except catalogcheck.UNREADABLE as error:
             faults = [catalogcheck.damaged(f"cannot be read: {error}")]
         self.faults += faults
-        if not faults:
+        if not faults and copy.is_current():
             return copy
         copy.close()
         return None
@@ -175,7 +178,7 @@ class _Check:
         def read(digest: str) -> bytes:
             try:
                 return self.blobs.read(digest)
-            except (DamagedError, OSError) as error:
+            except AdapterError as error:
                 kept = _kept(disk, digest)
                 if kept is not None:
                     return kept

@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Callable
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 from adapterkit.registry.files import Files
 
 CHANGES = (
-    "create", "open_update", "open_partial", "write", "truncate", "fsync", "fsync_folder",
-    "rename", "link", "unlink", "chmod", "mkdir",
+    "create", "open_update", "open_partial", "open_owned", "write", "truncate", "fsync",
+    "fsync_folder", "rename", "link", "unlink", "chmod", "mkdir", "remove_tree",
 )  # fmt: skip
+READS = ("open", "stat", "lstat", "listdir", "is_locked")
 
 
 class Counting(Files):
@@ -53,6 +56,87 @@ class Dying(Counting):
             super().write(file, data[: len(data) // 2])
             die()
         super().write(file, data)
+
+
+class Everything(Counting):
+    """Calls `at` before each touch of the file system, reads too, and (inside `installed`) before
+    each SQL statement; both are counted together. A write that dies does so in its middle."""
+
+    def __getattribute__(self, name: str) -> object:
+        found = super().__getattribute__(name)
+        if name not in READS:
+            return found
+
+        def counted(*given: object) -> object:
+            self.hit(name)
+            return found(*given)
+
+        return counted
+
+    def hit(self, name: str) -> None:
+        self.names.append(name)
+        self.at(len(self.names), name)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        hit, real = self.hit, sqlite3.connect
+
+        class Connection(sqlite3.Connection):
+            def execute(self, *given: object) -> sqlite3.Cursor:
+                hit("sql")
+                return super().execute(*given)
+
+        def connect(place: object, **options: object) -> sqlite3.Connection:
+            if place == ":memory:":  # which has no disk that could fail
+                return real(place, **options)
+            return real(place, **options, factory=Connection)
+
+        sqlite3.connect = connect
+        try:
+            yield
+        finally:
+            sqlite3.connect = real
+
+
+class DyingEverywhere(Everything):
+    """Kills its process at touch number `last`."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__(self._maybe)
+        self.last = last
+
+    def _maybe(self, number: int, name: str) -> None:
+        if number == self.last and name != "write":
+            die()
+
+    def write(self, file: BinaryIO, data: bytes) -> None:
+        if len(self.names) == self.last:
+            super().write(file, data[: len(data) // 2])
+            die()
+        super().write(file, data)
+
+
+SQL_ERRORS = {
+    errno.ENOSPC: ("SQLITE_FULL", "database or disk is full"),
+    errno.EIO: ("SQLITE_IOERR_WRITE", "disk I/O error"),
+    errno.EPERM: ("SQLITE_READONLY", "attempt to write a readonly database"),
+}
+
+
+def failing(last: int, code: int) -> Everything:
+    """Touch number `last` fails once with an error of the system, as SQL has it."""
+
+    def at(number: int, name: str) -> None:
+        if number != last:
+            return
+        if name != "sql":
+            raise OSError(code, os.strerror(code))
+        symbol, text = SQL_ERRORS[code]
+        error = sqlite3.OperationalError(text)
+        error.sqlite_errorname = symbol
+        raise error
+
+    return Everything(at)
 
 
 def die() -> None:
