@@ -38,7 +38,7 @@ def remote(folder: Path, files: Files | None = None) -> FolderRemote:
 
 
 def fill(folder: Path) -> None:
-    """Here sql 1.0 (best) and 1.1, gone (removed, in the trash), late (removed); far on a remote."""
+    """Here sql 1.0 (best) and 1.1, gone (in the trash), late (removed); far on a remote."""
     with Registry(folder / "home") as registry:
         registry.add("gone", {"w": b"gone"}, LORA)
         registry.rm("gone")
