@@ -17,7 +17,7 @@ from adapterkit.registry.catalog import Catalog
 from adapterkit.registry.errors import ConflictError, DamagedError, InvalidError
 from adapterkit.registry.files import storage_errors
 from adapterkit.registry.home import Home
-from adapterkit.registry.log import Log
+from adapterkit.registry.log import Log, Place
 from adapterkit.registry.needs import needs, unreadable
 from adapterkit.registry.refs import Ref, check_tag
 from adapterkit.registry.strictjson import parse_object
@@ -63,9 +63,7 @@ def _leased(home: Home) -> AbstractContextManager[None]:
 
 
 def _write(home: Home, part: Path, progress: Progress) -> tuple[int, int]:
-    place, wanted, n_versions = home.read(
-        lambda catalog: (catalog.place(), needs(catalog), _n_versions(catalog))
-    )
+    place, wanted, n_versions = home.read(_moment)
     if home.files.writable(home.path) and home.exists():
         home.take(wanted)
     with home.files.create(part) as file:
@@ -83,6 +81,11 @@ def _write(home: Home, part: Path, progress: Progress) -> tuple[int, int]:
         writer.end()
         home.files.fsync(file)
     return n_versions, len(wanted)
+
+
+def _moment(catalog: Catalog) -> tuple[Place, dict[str, Need], int]:
+    with catalog.snapshot():
+        return catalog.place(), needs(catalog), _n_versions(catalog)
 
 
 def _n_versions(catalog: Catalog) -> int:

@@ -74,6 +74,15 @@ class Catalog:
             raise
         self.db.execute("COMMIT")
 
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Questions inside are answered as of one moment, whatever others write."""
+        self.db.execute("BEGIN")
+        try:
+            yield
+        finally:
+            self.db.execute("COMMIT")
+
     def place(self) -> Place:
         """The point of the log up to which the catalog has come."""
         row = self.db.execute("SELECT log_offset, start, seq, digest FROM place").fetchone()
