@@ -43,8 +43,14 @@ class Adapter:
         """module path -> role -> tensor."""
         grouped: dict[str, dict[str, Stored]] = {}
         for (module, role), stored in self.tensors.items():
-            grouped.setdefault(module, {})[role] = stored
+            if module:
+                grouped.setdefault(module, {})[role] = stored
         return grouped
+
+    @property
+    def shared(self) -> dict[str, Stored]:
+        """role -> tensor, of those that belong to all modules; their module path is ""."""
+        return {role: stored for (module, role), stored in self.tensors.items() if not module}
 
     def require_sound(self, also: Iterable[Finding] = ()) -> None:
         """Raises with everything that is wrong with the folder itself: DamagedError, or

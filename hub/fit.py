@@ -15,7 +15,15 @@ from adapterkit.hub.kinds.base import Expected
 from adapterkit.hub.task import doubt
 
 # role -> the axis of its tensor that counts tokens, for a module with a row for each token
-VOCABULARY = {"table": 0, "replace.weight": 0, "replace.bias": 0, "B": 0, "embedding_A": 1}
+VOCABULARY = {
+    "table": 0,
+    "replace.weight": 0,
+    "replace.bias": 0,
+    "wrapper.modules_to_save.weight": 0,
+    "wrapper.original_module.weight": 0,
+    "B": 0,
+    "embedding_A": 1,
+}
 
 # role -> the axis of its tensor that is the rank
 RANK = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}
@@ -39,6 +47,8 @@ def fit(adapter: Adapter, base: Base) -> list[Finding]:
         if expected is None:
             if "unexpected-tensor" not in named[stored.key]:
                 findings.append(_unexpected(adapter, base, (module, role), stored, last))
+        elif not module and expected.shape != stored.shape:
+            findings += [] if named[stored.key] else [_misshaped(stored, expected)]
         elif expected.shape != stored.shape and not (
             _is_said(named[stored.key], role, stored, expected)
             or _own_head(base, module, role, stored, expected)
@@ -144,6 +154,11 @@ def _misshapen(
         want += f", the vocabulary size of the base ({here} rows)"
         hint = f"resize the base to {rows} rows: load(..., resize=True)"
         return Finding(ERROR, "vocabulary-resized", stored.key, want, found, hint)
+    return _misshaped(stored, expected)
+
+
+def _misshaped(stored: Stored, expected: Expected) -> Finding:
+    want, found = f"shape {list(expected.shape)}", f"shape {list(stored.shape)}"
     return Finding(ERROR, "shape-mismatch", stored.key, want, found)
 
 
@@ -153,8 +168,9 @@ def _differ_only_in(axis: int, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 def _is_table(base: Base, module: Module) -> bool:
     """Whether it has a row for each token: the input embedding or the head of a language model."""
-    first = next((m.name for m in base.modules.values() if m.type == EMBEDDING), "")
-    return module.name in (first, "lm_head") or module.tied_to == first
+    tables = [m for m in base.modules.values() if m.type == EMBEDDING]
+    largest = max(tables, key=lambda m: m.shape[0]).name if tables else ""
+    return module.name in (largest, "lm_head") or module.tied_to == largest
 
 
 def _is_said(named: set[str], role: str, stored: Stored, expected: Expected) -> bool:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Roles whose effect is relative to the base's weight, beside factors that are not.
-RELATIVE = ("magnitude",)
+RELATIVE = ("magnitude", "lambda_b", "lambda_d")
 
 
 class NeedsBaseError(AdapterError):
@@ -48,7 +48,13 @@ class Parts:
 @dataclass(frozen=True)
 class _Site:
     module: Module
-    tied: tuple[str, ...] = ()
+
+    def tied(self, *roles: str) -> tuple[str, ...]:
+        return ()
+
+    @property
+    def shared(self) -> Mapping[str, Tensor]:
+        raise NeedsBaseError(f"{self.module.name} needs the shapes of the base")
 
     def weight(self) -> Tensor:
         raise NeedsBaseError(f"{self.module.name} needs the weights of the base")

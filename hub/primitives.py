@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """W + scale diag(out_scale) B A.  B (out, r), A (r, in), out_scale (out) or None for ones."""
+    """W + scale diag(out_scale) B diag(rank_scale) A.  B (out, r), A (r, in), out_scale (out),
+    rank_scale (r), both None for ones.  With a rank_scale, A and B may be views of tensors that
+    other modules use too, and stay so."""
 
     B: Tensor
     A: Tensor
     scale: float = 1.0
     out_scale: Tensor | None = None
+    rank_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

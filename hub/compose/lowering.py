@@ -24,7 +24,8 @@ from adapterkit.registry.errors import DamagedError, MismatchError
 @dataclass(frozen=True)
 class Bound:
     """One tensor of the file and what became of it. primitive: "LowRank", "Replace", ...;
-    "copy" for one that equals what the base has."""
+    "copy" for one that equals what the base or the file has already, "unused" for the module as it
+    was before training, which PEFT writes beside the trained one."""
 
     tensor: str
     module: str
@@ -49,6 +50,7 @@ class LiveSite:
     adapter: Adapter
     live: nn.Module
     origin: Origin
+    shared: Mapping[str, Tensor]
 
     def tied(self, *roles: str) -> tuple[str, ...]:
         held = {module for module, role in self.adapter.tensors if role in roles}
@@ -84,6 +86,29 @@ class Used(dict[str, Tensor]):
         return super().__getitem__(role)
 
 
+class Shared:
+    """The adapter's tensors for all modules: once for each device and dtype, whoever uses them."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        base: Base,
+        tensors: Mapping[tuple[str, str], Tensor],
+        dtype: torch.dtype | None,
+    ) -> None:
+        made = kind(adapter.kind).schema(adapter, base.modules).shared()
+        self._tensors = {**made, **{role: tensors["", role] for role in adapter.shared}}
+        self._dtype = dtype
+        self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+
+    def on(self, live: nn.Module) -> dict[str, Tensor]:
+        """As the module computes: its device, its dtype."""
+        place = _device(live), self._dtype or format_of(live).compute_dtype(live) or torch.float32
+        if place not in self._placed:
+            self._placed[place] = {role: t.to(*place) for role, t in self._tensors.items()}
+        return self._placed[place]
+
+
 def lower(
     adapter: Adapter, base: Base, modules: Mapping[str, nn.Module], dtype: torch.dtype | None
 ) -> Lowered:
@@ -96,9 +121,10 @@ def lower(
     updates: dict[str, list[Primitive]] = {}
     bound: list[Bound] = []
     tensors = _read(adapter)
+    shared = Shared(adapter, base, tensors, dtype)
     for name, stored in adapter.modules.items():
         live = modules[name]
-        site = LiveSite(base.modules[name], base, adapter, live, origin)
+        site = LiveSite(base.modules[name], base, adapter, live, origin, shared.on(live))
         given = {role: tensors[name, role].to(_device(live)) for role in stored}
         roles, copies = _without_copies(given, live)
         used = Used(roles)
@@ -110,15 +136,16 @@ def lower(
             updates.setdefault(target, []).append(_placed(primitive, modules[target], dtype))
         names = "+".join(dict.fromkeys(type(primitive).__name__ for _, primitive in made))
         bound += [
-            Bound(item.key, name, role, "copy" if role in copies else names)
-            for role, item in stored.items()
+            Bound(item.key, name, role, _fate(role, copies, names)) for role, item in stored.items()
         ]
+    bound += [Bound(item.key, "", role, "LowRank") for role, item in adapter.shared.items()]
     return Lowered({name: tuple(made) for name, made in updates.items()}, tuple(bound))
 
 
 def _read(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
-    """All tensors, float32 (float64 stays). DamagedError names each that is not finite."""
+    """All tensors, float32. DamagedError names each that is not finite, or too large for that."""
     tensors = {place: read_tensor(stored) for place, stored in adapter.tensors.items()}
+    tensors = {place: tensor.float() for place, tensor in tensors.items()}
     broken = [
         adapter.tensors[place].key
         for place, tensor in tensors.items()
@@ -127,7 +154,24 @@ def _read(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
     if broken:
         shown = ", ".join(map(clean, broken[:10]))
         raise DamagedError(f"{adapter.name} holds NaN or Inf values, not finite, in {shown}")
-    return {place: tensor.float() for place, tensor in tensors.items()}
+    _require_equal_copies(adapter, tensors)
+    return tensors
+
+
+def _require_equal_copies(adapter: Adapter, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+    """What PEFT's wrapper repeats of a saved module must be that module's tensor."""
+    for (module, role), tensor in tensors.items():
+        parameter = role.removeprefix("wrapper.modules_to_save.")
+        saved = tensors.get((module, f"replace.{parameter}"))
+        if parameter != role and (saved is None or not torch.equal(saved, tensor)):
+            key = clean(adapter.tensors[module, role].key)
+            raise DamagedError(f"{adapter.name}: {key} differs from the saved module it repeats")
+
+
+def _fate(role: str, copies: set[str], primitives: str) -> str:
+    if role.startswith("wrapper.original_module"):
+        return "unused"
+    return "copy" if role in copies else primitives
 
 
 def _device(module: nn.Module) -> torch.device:
@@ -154,11 +198,15 @@ def _placed(primitive: Primitive, live: nn.Module, dtype: torch.dtype | None) ->
     """
     device = _device(live)
     compute = dtype or format_of(live).compute_dtype(live) or torch.float32
+    if isinstance(primitive, LowRank) and primitive.rank_scale is not None:
+        return _kept(primitive, device)
     if isinstance(primitive, LowRank):
-        b = primitive.B.to(device)
+        wide, b = primitive.A.to(device), primitive.B.to(device)
         if primitive.out_scale is not None:  # folded in float32, rounded once
             b = b * primitive.out_scale.to(device)[:, None]
-        a, b = primitive.A.to(device, compute), b.to(compute)
+        half = wide.to(compute), b.to(compute)
+        fits = all(torch.isfinite(factor).all() for factor in half)
+        a, b = half if fits else (wide, b)  # float32 where half precision would overflow
         return replace(primitive, A=a.contiguous(), B=b.contiguous(), out_scale=None)
     if isinstance(primitive, DenseDelta):
         return DenseDelta(primitive.D.to(device, compute))
@@ -166,4 +214,11 @@ def _placed(primitive: Primitive, live: nn.Module, dtype: torch.dtype | None) ->
         return InputRotation(primitive.R.to(device, dtype or torch.float32))
     held = {field.name: getattr(primitive, field.name) for field in fields(primitive)}
     moved: dict[str, Any] = {n: v.to(device) for n, v in held.items() if isinstance(v, Tensor)}
+    return replace(primitive, **moved)
+
+
+def _kept(primitive: LowRank, device: torch.device) -> LowRank:
+    """Factors that other modules use as well stay what they are; the scales are the module's."""
+    scales = {"out_scale": primitive.out_scale, "rank_scale": primitive.rank_scale}
+    moved: dict[str, Any] = {n: s.to(device) for n, s in scales.items() if s is not None}
     return replace(primitive, **moved)

@@ -33,14 +33,15 @@ class Weighted:
 @dataclass(frozen=True)
 class Sums:
     """The additive updates of a module:
-    y = y0 + g (y0 - b) + expand(project(x, A) gate, B) + D x + d.
+    y = y0 + g (y0 - b) + o expand(project(x, A) gate, B) + D x + d.
 
-    A (R, in), gate (R), B (out, R), g (out), d (out), D (out, in); None where there is nothing.
+    A (R, in), gate (R), B (out, R), o, g and d (out), D (out, in); None where there is nothing.
     """
 
     A: Tensor | None = None
     gate: Tensor | None = None
     B: Tensor | None = None
+    o: Tensor | None = None
     g: Tensor | None = None
     d: Tensor | None = None
     D: Tensor | None = None
@@ -90,15 +91,27 @@ def _rescale(
 
 def _stack(
     factors: list[tuple[float, LowRank, Tensor | None]],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(A, gate, B) of all factors side by side; one adapter alone is used where it lies."""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(A, gate, B, o) of all factors side by side; one adapter alone is used where it lies."""
     if not factors:
-        return None, None, None
-    bs = [_scaled_rows(low, extra) for _, low, extra in factors]
-    gates = [low.A.new_full((low.A.shape[0],), weight * low.scale) for weight, low, _ in factors]
+        return None, None, None, None
+    gates = [_gate(weight, low) for weight, low, _ in factors]
     if len(factors) == 1:
-        return factors[0][1].A, gates[0], bs[0]
-    return torch.cat([low.A for _, low, _ in factors]), torch.cat(gates), torch.cat(bs, dim=1)
+        _, low, extra = factors[0]
+        if low.rank_scale is None:
+            return low.A, gates[0], _scaled_rows(low, extra), None
+        return low.A, gates[0], low.B, _product(low.out_scale, extra)
+    bs = [_scaled_rows(low, extra) for _, low, extra in factors]
+    return torch.cat([low.A for _, low, _ in factors]), torch.cat(gates), torch.cat(bs, dim=1), None
+
+
+def _gate(weight: float, low: LowRank) -> Tensor:
+    gate = low.A.new_full((low.A.shape[0],), weight * low.scale)
+    return gate if low.rank_scale is None else gate * low.rank_scale.to(gate.dtype)
+
+
+def _product(scale: Tensor | None, extra: Tensor | None) -> Tensor | None:
+    return scale if extra is None else extra if scale is None else scale * extra
 
 
 def _scaled_rows(low: LowRank, extra: Tensor | None) -> Tensor:
@@ -163,7 +176,8 @@ def _with_sums(module: nn.Module, sums: Sums, x: Tensor, y: Tensor, base: Tensor
         product = base if bias is None else base - bias.to(base.dtype)
         y = y + product * sums.g.to(y.device)
     if sums.A is not None and sums.B is not None:
-        y = y + low_rank(module, x, sums.A, sums.gate, sums.B)
+        product = low_rank(module, x, sums.A, sums.gate, sums.B)
+        y = y + (product if sums.o is None else product * sums.o)
     if sums.D is not None:
         y = y + _dense(module, x, sums.D)
     if sums.d is not None:

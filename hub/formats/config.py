@@ -14,6 +14,10 @@ MAX_NAMES = 10_000
 LARGEST = sys.float_info.max
 
 
+# Larger than any alpha or factor that was trained; beyond it products overflow.
+MAX_NUMBER = 1e9
+
+
 class ConfigReader:
     """Takes fields from a JSON object; a missing or null field is its default."""
 
@@ -39,10 +43,10 @@ class ConfigReader:
         return value
 
     def number(self, field: str, default: float) -> float:
-        """A finite number; null is a fault."""
+        """A finite number of a size that training can give; null is a fault."""
         value = self.config.get(field, default)
-        if not is_number(value):
-            self.fault(field, "a finite number")
+        if not is_number(value) or abs(value) > MAX_NUMBER:
+            self.fault(field, f"a finite number up to {MAX_NUMBER:g}")
             return default
         return float(value)
 
@@ -109,7 +113,10 @@ class ConfigReader:
         if value is None:
             return {}
         right = isinstance(value, dict) and all(
-            (is_index(item) and item > 0) if integer else is_number(item) for item in value.values()
+            is_index(item) and item > 0
+            if integer
+            else is_number(item) and abs(item) <= MAX_NUMBER
+            for item in value.values()
         )
         if not right:
             kind = "positive integers" if integer else "numbers"

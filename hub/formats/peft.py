@@ -27,8 +27,9 @@ def claims(config: Mapping[str, Any]) -> bool:
 def read(folder: Folder, config: Mapping[str, Any], allow_fields: Collection[str]) -> Adapter:
     """The adapter in canonical form. Raises DamagedError if a file or a field is malformed and
     NotFoundError if it is of a type this program does not have."""
-    row = _row(config, folder.name)
+    name = _type(config, folder.name)
     header, findings = _weights(folder)
+    row = peft_type(name, config, header.tensors)
     reader = ConfigReader(config, f"{folder.name}/{CONFIG}")
     targets = config_rules.targets(reader)
     base, revision = reader.text("base_model_name_or_path"), reader.text("revision")
@@ -65,10 +66,10 @@ def _canonical(
     return row.fields(reader, sorted(modules)), places, keys
 
 
-def _row(config: Mapping[str, Any], name: str) -> PeftType:
+def _type(config: Mapping[str, Any], name: str) -> str:
     value = config.get("peft_type")
     if isinstance(value, str) and value in PEFT_TYPES:
-        return peft_type(value)
+        return value
     shown = clean(str(value), 60)
     if isinstance(value, str) and value.upper() in PEFT_TYPES:
         raise DamagedError(

@@ -51,13 +51,17 @@ def resolved(
 
 
 def replaced(
-    reader: ConfigReader, tokens_field: str = "", modules: Collection[str] = ()
+    reader: ConfigReader,
+    tokens_field: str = "",
+    modules: Collection[str] = (),
+    only: str = "lora_only",
 ) -> ReplacedFields:
-    """tokens_field: where the type keeps the rows it replaces, "" if it has no such field."""
+    """tokens_field: where the type keeps the rows it replaces, "" if it has no such field.
+    only: what it calls training the biases of the modules it targets."""
+    bias = reader.choice("bias", "none", ("none", "all", only))
     tables = any(name.rpartition(".")[2] in TIED_TABLES for name in modules)
     return ReplacedFields(
-        bias=reader.choice("bias", "none", ("none", "all", "lora_only")),
-        saved=reader.names("modules_to_save"),
+        bias="lora_only" if bias == only else bias,
         tokens=_tokens(reader, tokens_field),
         tie=reader.flag("ensure_weight_tying") and tables,
     )

@@ -17,11 +17,13 @@ PREFIX = ROOT + "model."
 ENDINGS = {
     ".token_adapter.trainable_tokens_delta": "tokens",
     ".trainable_tokens_delta": "tokens",
+    ".token_adapter.base_layer.weight": "table",
     ".base_layer.bias": "replace.bias",
     ".base_layer.weight": "table",
 }
 # With bias="all", PEFT also writes the insides of its wrapper around a saved module.
-WRAPPED = re.compile(r"(.+)\.(modules_to_save|original_module)\.(weight|bias)")
+# Inside a module of several layers the adapter's name stays in front of the layer's.
+WRAPPED = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(?:(.+)\.)?(weight|bias)")
 TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
 # What other tools leave in front of the path: compiled, distributed, doubly wrapped models.
 STRAYS = ("_orig_mod.", "module.", PREFIX)
@@ -100,7 +102,9 @@ def _place(
 def _replacement(path: str, replaced: ReplacedFields, targets: Targets) -> tuple[str, str] | None:
     """A key under the base's own name: a saved module, a bias, or a table of the vocabulary."""
     if (match := WRAPPED.fullmatch(path)) and targets.is_saved(match[1]):
-        return match[1], f"wrapper.{match[2]}.{match[3]}"
+        inner = match[3] or ""
+        inner = inner.partition(".")[2] if match[2] == "modules_to_save" else inner
+        return f"{match[1]}.{inner}".rstrip("."), f"wrapper.{match[2]}.{match[4]}"
     module, _, parameter = path.rpartition(".")
     if module and targets.is_saved(module):
         return module, f"replace.{parameter}"

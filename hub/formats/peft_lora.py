@@ -53,7 +53,6 @@ REFUSED = {
     "monteclora_config": "factors are sampled (MonteCLoRA)",
     "megatron_config": "layers are split over devices (Megatron)",
     "target_parameters": "parameters that are not modules are adapted (fused experts)",
-    "lora_use_mixer": "a mixer stands between A and B (MoSLoRA)",
     "enable_lora": "one fused matrix holds several adapters (loralib MergedLinear)",
 }
 # PEFT 0.2 and 0.3 wrote it; it only said when to merge.

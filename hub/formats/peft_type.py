@@ -15,6 +15,10 @@ def _none(config: Mapping[str, Any]) -> list[Finding]:
     return []
 
 
+def _always(config: Mapping[str, Any], keys: Collection[str]) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class PeftType:
     """kind: its row in `kinds.KINDS`. endings: end of a key behind the module's path -> role.
@@ -23,7 +27,8 @@ class PeftType:
     asked once without modules, as keys cannot be placed before it is known what is replaced.
     known: fields it reads; inert: fields that change nothing in a saved adapter; refused: those
     that change the result and are not applied -> why. refusals: what else the config asks for in
-    vain. whole: keys that belong to no module, without their prefix -> role.
+    vain. whole: keys that belong to no module, without their prefix -> role. claims: of a row in
+    VARIANTS, whether a file with this config and these keys is one.
     """
 
     kind: str
@@ -34,19 +39,28 @@ class PeftType:
     refused: Mapping[str, str] = field(default_factory=dict)
     refusals: Callable[[Mapping[str, Any]], list[Finding]] = _none
     whole: Mapping[str, str] = field(default_factory=dict)
+    claims: Callable[[Mapping[str, Any], Collection[str]], bool] = _always
 
 
 PEFT_TYPES = {
+    "IA3": "adapterkit.hub.formats.peft_ia3:IA3",
     "LORA": "adapterkit.hub.formats.peft_lora:LORA",
+    "OFT": "adapterkit.hub.formats.peft_oft:OFT",
+    "ADALORA": "adapterkit.hub.formats.peft_adalora:ADALORA",
+    "LOHA": "adapterkit.hub.formats.peft_products:LOHA",
+    "LOKR": "adapterkit.hub.formats.peft_products:LOKR",
+    "LN_TUNING": "adapterkit.hub.formats.peft_plain:LN_TUNING",
+    "BEFT": "adapterkit.hub.formats.peft_plain:BEFT",
+    "VERA": "adapterkit.hub.formats.peft_vera:VERA",
     "TRAINABLE_TOKENS": "adapterkit.hub.formats.peft_tokens:TRAINABLE_TOKENS",
 }
+# What forks write under the name of another type.
+VARIANTS = {"LORA": ("adapterkit.hub.formats.peft_moslora:MOSLORA",)}
 # Types that PEFT, or a fork of it, writes; those without a row above are refused by name.
 OTHER_TYPES = frozenset(
     [
-        "ADALORA",
         "ADAMSS",
         "ADAPTION_PROMPT",
-        "BEFT",
         "BOFT",
         "BOTTLENECK",
         "C3A",
@@ -60,14 +74,9 @@ OTHER_TYPES = frozenset(
         "GRALORA",
         "HIRA",
         "HRA",
-        "IA3",
         "LILY",
-        "LN_TUNING",
-        "LOHA",
-        "LOKR",
         "MISS",
         "MULTITASK_PROMPT_TUNING",
-        "OFT",
         "OSF",
         "PEANUT",
         "POLY",
@@ -84,15 +93,19 @@ OTHER_TYPES = frozenset(
         "TINYLORA",
         "UNILORA",
         "VBLORA",
-        "VERA",
         "WAVEFT",
         "XLORA",
     ]
 )
 
 
-def peft_type(name: str) -> PeftType:
-    """The row of that name."""
-    module, _, attribute = PEFT_TYPES[name].partition(":")
+def peft_type(name: str, config: Mapping[str, Any], keys: Collection[str]) -> PeftType:
+    """The row of that name, or of the variant that the config and the keys show."""
+    variants = (_load(path) for path in VARIANTS.get(name, ()))
+    return next((row for row in variants if row.claims(config, keys)), _load(PEFT_TYPES[name]))
+
+
+def _load(path: str) -> PeftType:
+    module, _, attribute = path.partition(":")
     found: PeftType = getattr(import_module(module), attribute)
     return found

@@ -11,7 +11,16 @@ if TYPE_CHECKING:
     from adapterkit.hub.kinds.base import Kind
 
 KINDS = {
+    "ia3": "adapterkit.hub.kinds.ia3:Ia3",
     "lora": "adapterkit.hub.kinds.lora:Lora",
+    "moslora": "adapterkit.hub.kinds.moslora:Moslora",
+    "oft": "adapterkit.hub.kinds.oft:Oft",
+    "adalora": "adapterkit.hub.kinds.adalora:Adalora",
+    "beft": "adapterkit.hub.kinds.beft:Beft",
+    "loha": "adapterkit.hub.kinds.loha:Loha",
+    "lokr": "adapterkit.hub.kinds.lokr:Lokr",
+    "norms": "adapterkit.hub.kinds.norms:Norms",
+    "vera": "adapterkit.hub.kinds.vera:Vera",
     "trainable_tokens": "adapterkit.hub.kinds.trainable_tokens:TrainableTokens",
 }
 

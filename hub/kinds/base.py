@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,10 +25,14 @@ class Expected:
 
 @dataclass(frozen=True)
 class Schema:
-    """All tensors an adapter of this config may hold on a base, and what stands in the way."""
+    """All tensors an adapter of this config may hold on a base, and what stands in the way.
+
+    shared: makes the tensors for all modules that the file leaves out, by role.
+    """
 
     tensors: dict[tuple[str, str], Expected]
     findings: tuple[Finding, ...] = ()
+    shared: Callable[[], Mapping[str, Tensor]] = dict
 
 
 class Site(Protocol):
@@ -37,9 +41,14 @@ class Site(Protocol):
     @property
     def module(self) -> Module: ...
 
+    def tied(self, *roles: str) -> tuple[str, ...]:
+        """Modules that share this one's weight, without those for which the file holds a tensor of
+        one of these roles: what it says of them itself counts."""
+        ...
+
     @property
-    def tied(self) -> tuple[str, ...]:
-        """Modules that share this one's weight."""
+    def shared(self) -> Mapping[str, Tensor]:
+        """The adapter's tensors for all modules, by role."""
         ...
 
     def weight(self) -> Tensor:

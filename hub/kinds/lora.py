@@ -6,14 +6,14 @@ DoRA, W' = diag(m / |W + s B A|_row) (W + s B A).  Liu et al. 2024, arXiv:2402.0
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import CONV1D, EMBEDDING, LINEAR, Module
 from adapterkit.hub.fields import LoraFields
-from adapterkit.hub.findings import ERROR, UNSUPPORTED, WARNING, Finding, clean
+from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
 from adapterkit.hub.headers import FLOATS, Stored
-from adapterkit.hub.kinds import replaced
+from adapterkit.hub.kinds import replaced, targeted
 from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
 from adapterkit.hub.primitives import BiasShift, LowRank, RowScale
 
@@ -48,19 +48,18 @@ class Lora:
             for pair in PAIRS:
                 held = [role for role in pair if role in tensors]
                 pairs += bool(held)
-                if held:
+                if held and "experts" in module.split(".")[-2:]:
+                    about = "factors of fused expert parameters"
+                    found.append(Finding(ERROR, UNSUPPORTED, module, "factors of a module", about))
+                elif held:
                     found += _pair(adapter.fields, module, tensors, pair)
             found += _without_factors(module, tensors)
         fields = adapter.fields
         if not pairs:
             found.append(Finding(ERROR, "no-factors", "the weights", "lora factors", "none"))
-        elif not adapter.targets.modules:
-            shown = repr(adapter.config.get("target_modules"))
-            found.append(
-                Finding(ERROR, "no-targets", "target_modules", "names or a pattern", shown)
-            )
-        found += replaced.problems(adapter, fields.replaced)
-        return found + _untrained_bias(adapter, fields)
+        else:
+            found += targeted.untargeted(adapter)
+        return found + replaced.problems(adapter, fields.replaced)
 
     def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
         fields: LoraFields = adapter.fields
@@ -69,20 +68,28 @@ class Lora:
         selected = adapter.targets.select(modules)
         for name in selected:
             if modules[name].type not in FACTORS:
-                about = f"a {modules[name].type} module"
-                expected = f"one of {', '.join(FACTORS)}"
-                findings.append(Finding(ERROR, UNSUPPORTED, name, expected, about))
+                findings.append(targeted.unsupported(modules[name], FACTORS))
             else:
-                tensors |= _factors(fields, modules[name])
-        findings += _unmatched(adapter, modules, selected)
+                tensors |= self.expected(fields, modules[name])
+                tensors |= _tied(fields, modules[name], modules)
+        findings += _untrained_bias(adapter, selected, modules)
+        findings += targeted.unmatched(adapter, modules, selected)
         rest = replaced.schema(adapter, fields.replaced, modules, selected)
         return Schema(rest.tensors | tensors, (*findings, *rest.findings))
 
+    def expected(self, fields: Any, module: Module) -> dict[tuple[str, str], Expected]:
+        """The tensors of one targeted module."""
+        return _factors(fields, module)
+
+    def factors(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """(A, B) of a module, None if only parts of it are replaced."""
+        return next(((p[a], p[b]) for a, b in PAIRS if a in p), None)
+
     def lower(self, fields: LoraFields, site: Site, p: Mapping[str, Tensor]) -> Lowered:
         yield from replaced.lower(fields.replaced, site, p)
-        a, b = next(((p[a], p[b]) for a, b in PAIRS if a in p), (None, None))
-        if a is None or b is None:
+        if (pair := self.factors(p)) is None:
             return
+        a, b = pair
         name, scale = site.module.name, fields.scaling(site.module.name)
         if "magnitude" in p:
             f = p["magnitude"].flatten() / row_norms(site.weight(), b, a, scale)
@@ -93,7 +100,7 @@ class Lora:
         if "B_bias" in p:
             yield name, BiasShift(scale * p["B_bias"])
         if fields.replaced.tie and site.module.type == EMBEDDING:
-            yield from ((other, LowRank(a.mT, b.mT, scale)) for other in site.tied)
+            yield from ((other, LowRank(a.mT, b.mT, scale)) for other in site.tied("A", "B"))
 
 
 def row_norms(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
@@ -112,6 +119,20 @@ def _factors(fields: LoraFields, module: Module) -> dict[tuple[str, str], Expect
     shapes |= {"magnitude": (module.n_out,)} if fields.dora else {}
     shapes |= {"B_bias": (module.n_out,)} if fields.lora_bias and module.type != EMBEDDING else {}
     return {(module.name, role): Expected(shape) for role, shape in shapes.items()}
+
+
+def _tied(
+    fields: LoraFields, table: Module, modules: Mapping[str, Module]
+) -> dict[tuple[str, str], Expected]:
+    """With `ensure_weight_tying` PEFT may write the factors of the head too."""
+    if not fields.replaced.tie or table.type != EMBEDDING:
+        return {}
+    return {
+        place: Expected(expected.shape, required=False)
+        for module in modules.values()
+        if module.tied_to == table.name
+        for place, expected in _factors(fields, module).items()
+    }
 
 
 def form_faults(role: str, stored: Stored) -> list[Finding]:
@@ -181,32 +202,14 @@ def _without_factors(module: str, tensors: Mapping[str, Stored]) -> list[Finding
     ]
 
 
-def _unmatched(
-    adapter: Adapter, modules: Mapping[str, Module], selected: list[str]
+def _untrained_bias(
+    adapter: Adapter, selected: list[str], modules: Mapping[str, Module]
 ) -> list[Finding]:
-    """Targets that mean nothing on this base. One of several names is a doubt, as lists are often
-    shared between model families; a tensor that belongs to it would be an error of its own."""
-    if not selected and adapter.targets.modules:
-        shown = f"no match for {clean(str(adapter.targets.modules))}"
-        return [Finding(ERROR, "target-absent", "target_modules", "modules of the base", shown)]
-    return [
-        Finding(
-            WARNING,
-            "target-absent",
-            "target_modules",
-            "modules of the base",
-            f"no match for {entry}",
-        )
-        for entry in adapter.targets.unmatched(modules)
-    ]
-
-
-def _untrained_bias(adapter: Adapter, fields: LoraFields) -> list[Finding]:
     """PEFT up to 0.20 lost the biases of bias="lora_only" when saving."""
+    biased = any(modules[name].bias is not None for name in selected)
     held = any(role == "replace.bias" for _, role in adapter.tensors)
-    if fields.replaced.bias != "lora_only" or held:
+    if adapter.fields.replaced.bias != "lora_only" or held or not biased:
         return []
     hint = "PEFT up to 0.20 lost them at saving; if none were trained, set bias to none"
-    return [
-        Finding(ERROR, "missing-tensor", "bias", "the biases bias=lora_only trains", "none", hint)
-    ]
+    want = "the biases bias=lora_only trains"
+    return [Finding(ERROR, "missing-tensor", "bias", want, "none", hint)]

@@ -45,12 +45,17 @@ def problems(adapter: Adapter, fields: ReplacedFields) -> list[Finding]:
     stored = {m: tensor for (m, role), tensor in adapter.tensors.items() if role == "tokens"}
     found = []
     for entry, rows in fields.tokens.items():
-        if not any(belongs(name, entry) for name in stored):
+        # of two tied tables with the same rows, PEFT stores one
+        twins = [other for other, same in fields.tokens.items() if same == rows]
+        if not any(belongs(name, twin) for name in stored for twin in twins):
             where, want = entry or "the input embedding", f"{len(rows)} trained token rows"
             found.append(Finding(ERROR, "missing-tensor", where, want, "none"))
     for name, tensor in stored.items():
         n_rows = [len(rows) for entry, rows in fields.tokens.items() if belongs(name, entry)]
-        if not n_rows:
+        if len(n_rows) > 1:
+            about = f"{len(n_rows)} entries of the config mean it"
+            found.append(Finding(ERROR, "ambiguous-tokens", tensor.key, "one list of rows", about))
+        elif not n_rows:
             about = "token rows, though the config trains none there"
             found.append(Finding(ERROR, "unexpected-tensor", tensor.key, "no token rows", about))
         elif len(tensor.shape) == 2 and tensor.shape[0] != n_rows[0]:
@@ -106,6 +111,9 @@ def _rows(
     tensors: dict[tuple[str, str], Expected] = {}
     findings = []
     for entry, rows in fields.tokens.items():
+        if not any(belongs(name, entry) for name in stored) and not _is_tied(modules, entry):
+            where, want = entry or "the input embedding", f"{len(rows)} trained token rows"
+            findings.append(Finding(ERROR, "missing-tensor", where, want, "none"))
         for name in (name for name in stored if belongs(name, entry) and name in modules):
             table = modules[name]
             tensors[name, "tokens"] = Expected((len(rows), table.shape[-1]))
@@ -113,6 +121,11 @@ def _rows(
                 found, room = f"row {max(rows)}", f"rows below {table.shape[0]}"
                 findings.append(Finding(ERROR, "token-out-of-range", name, room, found))
     return tensors, findings
+
+
+def _is_tied(modules: Mapping[str, Module], entry: str) -> bool:
+    """Whether an entry means a module that shares another one's table."""
+    return any(module.tied_to for name, module in modules.items() if belongs(name, entry))
 
 
 def belongs(name: str, entry: str) -> bool:
@@ -140,19 +153,31 @@ def _absent(adapter: Adapter, modules: Mapping[str, Module]) -> list[Finding]:
     ]
 
 
+WHOLE = ("table", "replace.weight")
+
+
 def lower(fields: ReplacedFields, site: Site, p: Mapping[str, Tensor]) -> Lowered:
     """Replace for each part; trained rows and tables reach every module tied to the table."""
     name = site.module.name
+    whole: Tensor | None = None
     for role in p:
-        if role.startswith("replace."):
-            parameter = role.removeprefix("replace.")
-            yield name, Replace(p[role], parameter)
-            if fields.tie and parameter == "weight":
-                yield from ((other, Replace(p[role])) for other in site.tied)
-        elif role == "table":
-            yield name, Replace(p[role])
-            yield from ((other, Replace(p[role])) for other in site.tied)
-        elif role == "tokens":
-            rows = next(rows for entry, rows in fields.tokens.items() if belongs(name, entry))
-            yield name, Replace(p[role], rows=rows)
-            yield from ((other, Replace(p[role], rows=rows)) for other in site.tied)
+        if role in WHOLE:
+            whole = p[role]
+        elif role.startswith("replace."):
+            yield name, Replace(p[role], role.removeprefix("replace."))
+    rows = next((rows for entry, rows in fields.tokens.items() if belongs(name, entry)), ())
+    if whole is not None:
+        new = _with_rows(whole, rows, p["tokens"]) if "tokens" in p else whole
+        yield name, Replace(new)
+        if fields.tie or "table" in p:
+            yield from ((other, Replace(new)) for other in site.tied(*WHOLE))
+    elif "tokens" in p:
+        yield name, Replace(p["tokens"], rows=rows)
+        yield from ((other, Replace(p["tokens"], rows=rows)) for other in site.tied("tokens"))
+
+
+def _with_rows(table: Tensor, rows: tuple[int, ...], new: Tensor) -> Tensor:
+    """The table with these rows exchanged. table (n, width), new (len(rows), width)."""
+    changed = table + 0  # a copy, whatever keeps the values
+    changed[list(rows)] = new
+    return changed

@@ -1,4 +1,4 @@
-"""The LoRA family against the logits that the reference libraries gave (index.json, `cases`)."""
+"""Every kind that is applied, against the logits of its reference (index.json, `cases`)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ import transformers
 from safetensors.torch import load_file
 
 from adapterkit.hub import attach
+from adapterkit.hub.formats.peft_type import PEFT_TYPES
 from adapterkit.registry.errors import AdapterError, AdapterWarning
 
 DATA = Path(os.environ.get("ADAPTERKIT_FIXTURES") or Path(__file__).parents[1] / "data").resolve()
 CASES: list[dict[str, Any]] = json.loads((DATA / "index.json").read_text())["cases"]
-FAMILY = {
-    "lora", "rslora", "dora", "qlora", "qdora", "lora_embedding", "lora_trainable_tokens",
-    "trainable_tokens", "multi_lora", "quantized_base",
-}  # fmt: skip
 INPUTS = (
     "input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask",
 )  # fmt: skip
@@ -31,7 +28,6 @@ INPUTS = (
 BY_FORMAT = {
     "adapters": "AdapterHub",
     "mlx-lm": "MLX-LM",
-    "moslora-v0.10": "lora_use_mixer",
     "moslora-v0.3": "is a pickle",
     "llm-adapters": "BOTTLENECK",
 }
@@ -46,21 +42,17 @@ BY_KIND = {
 
 def is_peft(case: dict[str, Any]) -> bool:
     """Whether all its adapters are PEFT folders of safetensors and of a kind that is applied."""
-    return all(
-        adapter["format"] == "peft"
-        and adapter.get("peft_type") in ("LORA", "TRAINABLE_TOKENS")
+    return case["kind"] not in BY_KIND and all(
+        adapter["format"] in ("peft", "moslora-v0.10")
+        and adapter.get("peft_type") in PEFT_TYPES
         and "adapter_model.safetensors" in adapter["files"]
         for adapter in case["adapters"]
     )
 
 
-FORWARD = [
-    case
-    for case in CASES
-    if case["kind"] in FAMILY and case["operation"]["op"] in ("forward", "set_adapter")
-]
+FORWARD = [case for case in CASES if case["operation"]["op"] in ("forward", "set_adapter")]
 APPLIED = [case for case in FORWARD if is_peft(case) and "repair_or_refuse" not in case["tags"]]
-WILD = [case for case in FORWARD if "repair_or_refuse" in case["tags"]]
+WILD = [case for case in FORWARD if is_peft(case) and "repair_or_refuse" in case["tags"]]
 OTHERS = [
     case for case in CASES if case["operation"]["op"] == "forward" and case not in APPLIED + WILD
 ]
@@ -74,7 +66,7 @@ def refusal(case: dict[str, Any]) -> str:
         return BY_FORMAT[adapter["format"]]
     if case["kind"] in BY_KIND:
         return BY_KIND[case["kind"]]
-    if kind not in (None, "LORA", "TRAINABLE_TOKENS"):
+    if kind not in (None, *PEFT_TYPES):
         return str(kind)
     return (
         "is a pickle"
