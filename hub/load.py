@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +12,15 @@ import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import METHODS, Base
 from adapterkit.hub.bases.folder import find_base, read_base, tokenizer_digest
-from adapterkit.hub.check import check
+from adapterkit.hub.compose.admit import refined
 from adapterkit.hub.compose.attach import attach
 from adapterkit.hub.compose.model import quantization as quantization_of
-from adapterkit.hub.findings import INCOMPATIBLE, OTHER_WEIGHTS, UNKNOWN, clean, listing
-from adapterkit.hub.locate import Source, locate
+from adapterkit.hub.findings import clean
+from adapterkit.hub.gather import Found, gather, labels, require_fit, vocabulary
+from adapterkit.hub.locate import Source
 from adapterkit.hub.quant import format_of
-from adapterkit.hub.read import read_adapter
-from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import for_task
 from adapterkit.registry.errors import AdapterWarning, DamagedError, InvalidError, MismatchError
 
@@ -40,17 +37,6 @@ CLASSES = {
     "ForMaskedLM": "AutoModelForMaskedLM",
     "Model": "AutoModel",
 }
-HEADS = ("score", "classifier", "out_proj")
-
-
-@dataclass(frozen=True)
-class Found:
-    """One adapter to load: its name, its files, what it is, its weight."""
-
-    name: str
-    folder: Folder
-    adapter: Adapter
-    weight: float
 
 
 def load(  # noqa: PLR0913
@@ -75,14 +61,15 @@ def load(  # noqa: PLR0913
     The class follows the adapters' task, the number of labels their head.
     Raises MismatchError with all findings, before the base is loaded, if one does not belong to it.
     """
+    options = refined(None, {"registry": registry, "strict": strict, **settings})
     config = _bitsandbytes(quantization, dtype)
     method = _method(config)
     place = base if isinstance(base, Path) else find_base(base)
     described = read_base(place)
-    found = _find(adapters, registry, settings.get("allow_fields", ()))
-    rows = _vocabulary(found, described) if resize else None
+    found = gather(adapters, options)
+    rows = vocabulary(found, described) if resize else None
     if rows is None:
-        _refuse(found, described, method, registry, strict)
+        require_fit(found, described, method, options)
     model = _model(place, described, found, config, device=device, dtype=dtype)
     if rows is not None:
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -90,13 +77,9 @@ def load(  # noqa: PLR0913
         _keep_unpacked(model)
     _mention_tokenizers(found, described)
     if found:
-        handle = attach(
-            model,
-            {one.name: one.folder for one in found},
-            registry=registry,
-            strict=strict,
-            **settings,
-        )
+        handle = attach(model, options=options)
+        for one in found:
+            handle.add(one.name, one.folder)
         handle.activate({one.name: one.weight for one in found})
     return model
 
@@ -113,66 +96,6 @@ def _keep_unpacked(model: nn.Module) -> None:
             bnb4.keep_unpacked(module)
 
 
-def _find(
-    adapters: Mapping[str, float] | Sequence[Source] | Source | None,
-    registry: Registry | None,
-    allow_fields: Any,
-) -> list[Found]:
-    """Every adapter asked for, read."""
-    if adapters is None:
-        return []
-    if isinstance(adapters, str | Path | Folder):
-        adapters = [adapters]
-    pairs: list[tuple[Source, float]]
-    if isinstance(adapters, Mapping):
-        pairs = [(source, float(weight)) for source, weight in adapters.items()]
-    else:
-        pairs = [(source, 1.0) for source in adapters]
-    found = []
-    for source, weight in pairs:
-        folder = locate(source, registry)
-        name = source.name if isinstance(source, Folder) else str(source)
-        found.append(Found(name, folder, read_adapter(folder, allow_fields), weight))
-    return found
-
-
-def _refuse(
-    found: list[Found],
-    base: Base,
-    quantization: str | None,
-    registry: Registry | None,
-    strict: bool,
-) -> None:
-    """MismatchError with the findings of every adapter that does not belong to the base."""
-    reports = {
-        one.name: check(one.folder, base=base, quantization=quantization, registry=registry)
-        for one in found
-    }
-    bad = (INCOMPATIBLE, OTHER_WEIGHTS, UNKNOWN)
-    faults = [
-        f"{clean(name)} does not belong to {clean(base.name)}, {report.verdict}:\n"
-        f"{listing(report.findings)}"
-        for name, report in reports.items()
-        if report.verdict in bad or (strict and report.warnings)
-    ]
-    if faults:
-        raise MismatchError("\n".join(faults))
-
-
-def _vocabulary(found: list[Found], base: Base) -> int | None:
-    """Rows of the tables the adapters carry, when they are more than the base's."""
-    sizes = {
-        stored.shape[0]
-        for one in found
-        for (_, role), stored in one.adapter.tensors.items()
-        if role == "table"
-    }
-    if len(sizes) > 1:
-        raise MismatchError(f"the adapters carry tables of {sorted(sizes)} rows, expected one size")
-    rows = sizes.pop() if sizes else 0
-    return rows if rows > (base.vocabulary or 0) else None
-
-
 def _model(
     place: Path, base: Base, found: list[Found], config: BitsAndBytesConfig | None, **where: Any
 ) -> PreTrainedModel:
@@ -185,8 +108,8 @@ def _model(
         "device_map": {"": where["device"]},
     }
     settings |= {"quantization_config": config} if config is not None else {}
-    labels = _labels(found)
-    settings |= {"num_labels": labels} if labels else {}
+    n_labels = labels(found)
+    settings |= {"num_labels": n_labels} if n_labels else {}
     loader: Any = getattr(transformers, _class(base, found))
     model: PreTrainedModel = loader.from_pretrained(place, **settings).eval()
     return model
@@ -234,22 +157,6 @@ def _class(base: Base, found: list[Found]) -> str:
         if architecture.endswith(end):
             return name
     raise MismatchError(f"{clean(architecture)} is of no task known here: {', '.join(CLASSES)}")
-
-
-def _labels(found: list[Found]) -> int | None:
-    """Rows of the classification heads the adapters carry."""
-    sizes = {
-        stored.shape[0]
-        for one in found
-        for (module, role), stored in one.adapter.tensors.items()
-        if role == "replace.weight" and one.adapter.task in ("SEQ_CLS", "TOKEN_CLS")
-        if module.rpartition(".")[2] in HEADS
-    }
-    if len(sizes) > 1:
-        raise MismatchError(
-            f"the adapters have heads of {sorted(sizes)} labels, expected one number"
-        )
-    return sizes.pop() if sizes else None
 
 
 def _mention_tokenizers(found: list[Found], base: Base) -> None:

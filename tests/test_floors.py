@@ -25,7 +25,7 @@ STEPS = {
         "formats", "bases", "locate", "read", "values", "sums", "fit", "identity", "check", "task",
         "norms",
     },
-    "model": {"compose", "load"},
+    "model": {"compose", "gather", "load"},
     "outside": {"remotes", "diff", "sync", "ingest", "describe", "arrival", "demo"},
 }  # fmt: skip
 RANK = {step: rank for rank, step in enumerate(STEPS)}

@@ -46,6 +46,8 @@ class Module:
     def n_out(self) -> int:
         if self.type == EMBEDDING or len(self.shape) == 1:
             return self.shape[-1]
+        if self.type == CONV:  # (out, in, kernel...)
+            return self.shape[0]
         return self.shape[-2]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -20,12 +20,13 @@ from adapterkit.hub.fit import fit
 from adapterkit.hub.identity import Identity, identify
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.sources import Folder
-from adapterkit.registry.errors import AdapterWarning, MismatchError
+from adapterkit.registry.errors import AdapterWarning, InvalidError, MismatchError
 
 if TYPE_CHECKING:
     from adapterkit.registry import Registry
 
 Dialect = Literal["exact", "peft"]
+DIALECTS = get_args(Dialect)
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,20 @@ class Options:
     strict: bool = False
     allow_fields: Collection[str] = ()
     dialect: Dialect = "exact"
+
+    def __post_init__(self) -> None:
+        if self.dialect not in DIALECTS:
+            known = ", ".join(DIALECTS)
+            raise InvalidError(f"dialect is {self.dialect!r}, expected one of {known}")
+
+
+def refined(options: Options | None, settings: Mapping[str, Any]) -> Options:
+    """The options with some fields set anew. Raises InvalidError naming those that do not exist."""
+    known = {field.name for field in fields(Options)}
+    unknown = sorted(settings.keys() - known)
+    if unknown:
+        raise InvalidError(f"no option {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return replace(options or Options(), **settings)
 
 
 def admit(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,9 +13,10 @@ from torch import nn
 
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import weighing
-from adapterkit.hub.compose.admit import Options, admit
+from adapterkit.hub.compose.admit import Options, admit, refined
 from adapterkit.hub.compose.lowering import Bound, Lowered, lower
 from adapterkit.hub.compose.model import describe_model
+from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.compose.plan import Weighted
 from adapterkit.hub.findings import clean
@@ -41,6 +41,9 @@ class Adapters:
         self._lowered: dict[str, Lowered] = {}
         self._patches: dict[str, Patch] = {}
         self._active: dict[str, float] = {}
+        self._origin = Origin(base.name)
+        self._own_heads: set[str] = set()  # that only adapters have: random until one is active
+        self._detached = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,11 +62,15 @@ class Adapters:
     def add(self, name: str, source: Source) -> None:
         """Attaches one more, inactive. Raises ConflictError if the name is taken, MismatchError
         with all findings if it does not fit; then nothing has changed."""
+        self._require_attached()
         if name in self._lowered:
             raise ConflictError(f"an adapter is attached as {clean(name)} already")
         folder = locate(source, self._options.registry)
         adapter = admit(folder, self._base, self._modules, self._options)
-        self._lowered[name] = lower(adapter, self._base, self._modules, self._options.dtype)
+        lowered = lower(adapter, self._base, self._modules, self._options.dtype)
+        heads = weighing.whole_modules(lowered)
+        self._own_heads |= {head for head in heads if not self._origin.brings(head)}
+        self._lowered[name] = lowered
 
     def remove(self, name: str) -> None:
         """Forgets one; the others stay as active as they were."""
@@ -77,9 +84,11 @@ class Adapters:
 
         weights: finite numbers, negative ones subtract; a plain list of names means 1 each.
         """
-        given = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(weights, 1.0)
+        self._require_attached()
+        given = weighing.parse(weights)
         self._known(given)
         weighing.require_usable(given, self._lowered, self._options.dialect)
+        weighing.require_whole(given, self._lowered, self._own_heads)
         active = {name: float(weight) for name, weight in given.items() if weight != 0}
         updates: dict[str, list[Weighted]] = {}
         for name, weight in active.items():
@@ -106,7 +115,9 @@ class Adapters:
         self._patches.clear()
         self._lowered.clear()
         self._active = {}
-        vars(self._model).pop(HANDLE, None)
+        if vars(self._model).get(HANDLE) is self:
+            del vars(self._model)[HANDLE]
+        self._detached = True
 
     def __enter__(self) -> Adapters:
         return self
@@ -116,6 +127,10 @@ class Adapters:
 
     def __repr__(self) -> str:
         return f"<Adapters {', '.join(f'{n}={self._active.get(n, 0.0):g}' for n in self._lowered)}>"
+
+    def _require_attached(self) -> None:
+        if self._detached:
+            raise ConflictError("these adapters were detached", hint="attach to the model again")
 
     def _known(self, names: Collection[str]) -> None:
         unknown = [clean(str(name)) for name in names if name not in self._lowered]
@@ -137,15 +152,15 @@ def attach(
     Options (registry, dtype, strict, allow_fields, dialect).
     Raises MismatchError with all findings, before anything is copied, if one does not fit.
     """
-    chosen = replace(options or Options(), **settings)
+    chosen = refined(options, settings)
     _refuse_wrapped(model)
     base = describe_model(model)
-    named = _named(adapters)
+    sources = named(adapters)
     found = Adapters(model, base, chosen)
-    for name, source in named.items():
+    for name, source in sources.items():
         found.add(name, source)
     try:
-        found.activate(list(named))
+        found.activate(list(sources))
     except BaseException:
         found.detach()
         raise
@@ -161,16 +176,24 @@ def attached(model: nn.Module) -> Adapters | None:
     return found
 
 
-def _named(adapters: Mapping[str, Source] | Sequence[Source] | Source) -> dict[str, Source]:
+def named(adapters: Mapping[str, Source] | Sequence[Source] | Source) -> dict[str, Source]:
+    """Names -> sources; a list names each by what it is. Raises InvalidError, ConflictError."""
+    if isinstance(adapters, str | Path | Folder):
+        adapters = [adapters]
+    if not isinstance(adapters, Mapping | Sequence):
+        raise InvalidError(f"adapters are {adapters!r}, expected names -> sources, or sources")
+    sources = list(adapters.values() if isinstance(adapters, Mapping) else adapters)
+    odd = [repr(source) for source in sources if not isinstance(source, str | Path | Folder)]
+    if odd:
+        raise InvalidError(f"an adapter is a reference or a folder, found {', '.join(odd)}")
     if isinstance(adapters, Mapping):
         return dict(adapters)
-    sources = [adapters] if isinstance(adapters, str | Path | Folder) else list(adapters)
-    named = {
+    found = {
         source.name if isinstance(source, Folder) else str(source): source for source in sources
     }
-    if len(named) < len(sources):
+    if len(found) < len(sources):
         raise ConflictError("the same adapter is listed twice", hint="give a mapping of names")
-    return named
+    return found
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -178,6 +201,9 @@ def _refuse_wrapped(model: nn.Module) -> None:
         raise ConflictError(
             "adapters are attached to this model already", hint="adapters.add(name, source)"
         )
+    forwards = [vars(module).get("forward") for module in model.modules()]
+    if any(isinstance(getattr(forward, "__self__", None), Patch) for forward in forwards):
+        raise ConflictError("another wrapper keeps adapters on this model", hint="load it again")
     kinds = {kind.__name__ for kind in type(model).__mro__}
     if "PeftModel" in kinds or any(hasattr(module, "base_layer") for module in model.modules()):
         raise InvalidError("the model is wrapped by PEFT", hint="model = model.unload()")

@@ -10,6 +10,7 @@ from torch import Tensor
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.bases.folder import read_base
 from adapterkit.hub.headers import FLOATS
+from adapterkit.hub.kinds.replaced import HEADS
 from adapterkit.hub.tensors import read_tensor
 from adapterkit.registry.errors import AdapterError
 
@@ -28,6 +29,14 @@ class Origin:
             return read_base(self._folder)
         except AdapterError:  # then there is no origin, and whoever needs it says which weight
             return None
+
+    def brings(self, module: str) -> bool:
+        """Whether the checkpoint has a weight for it. Where there is none to ask, a name that
+        classification heads have counts as missing."""
+        if self._base is None:
+            return module.rpartition(".")[2] not in HEADS
+        row = self._base.modules.get(module)
+        return row is not None and bool(row.weight or row.tied_to)
 
     def weight(self, module: str) -> Tensor | None:
         """The dense weight of a module as the checkpoint stores it, None if it has no such one."""

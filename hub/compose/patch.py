@@ -33,6 +33,9 @@ class Patch:
         return plan.run(self.module, self.original, args, kwargs)
 
     def remove(self) -> None:
+        self.plan = None
+        if vars(self.module).get("forward") != self.forward:
+            return  # somebody wrapped it since: theirs stays, and ours adds nothing any more
         if self._had_own:
             setattr(self.module, "forward", self.original)  # noqa: B010
         else:

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 from adapterkit.hub.compose.admit import Dialect
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.findings import clean
-from adapterkit.hub.formats.config import is_number
-from adapterkit.hub.primitives import InputRotation, RowScale
+from adapterkit.hub.primitives import InputRotation, Primitive, Replace, RowScale
 from adapterkit.registry.errors import InvalidError
+
+
+def parse(weights: object) -> dict[str, float]:
+    """names -> weights; a list of names means 1 each. Raises InvalidError for anything else."""
+    if isinstance(weights, str) or not isinstance(weights, Iterable):
+        raise InvalidError(f"weights are {weights!r}, expected names -> numbers, or names")
+    given = dict(weights) if isinstance(weights, Mapping) else dict.fromkeys(map(str, weights), 1.0)
+    wrong = [f"{name}={weight!r}" for name, weight in given.items() if not is_weight(weight)]
+    if wrong:
+        raise InvalidError(f"weights must be finite numbers, found {clean(', '.join(wrong))}")
+    return {name: float(weight) for name, weight in given.items()}
+
+
+def is_weight(value: object) -> bool:
+    """A finite real number, numpy's too; not a boolean."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer no float can hold
+        return False
 
 
 def require_usable(
     weights: Mapping[str, float], lowered: Mapping[str, Lowered], dialect: Dialect
 ) -> None:
     """Raises InvalidError naming every adapter whose weight means nothing."""
-    wrong = [f"{name}={weight!r}" for name, weight in weights.items() if not is_number(weight)]
-    if wrong:
-        raise InvalidError(f"weights must be finite numbers, found {', '.join(wrong)}")
     partial = [name for name, weight in weights.items() if weight not in (0, 1)]
     if turning := _shown(partial, weights, lowered, InputRotation):
         raise InvalidError(
@@ -31,6 +50,30 @@ def require_usable(
             f"the peft dialect gives DoRA no weight but 0 and 1: {scaled}",
             hint="attach without dialect='peft'",
         )
+
+
+def whole_modules(lowered: Lowered) -> set[str]:
+    """Modules whose weight the adapter replaces as a whole."""
+    return {module for module, made in lowered.updates.items() if any(map(_is_whole, made))}
+
+
+def _is_whole(primitive: Primitive) -> bool:
+    return isinstance(primitive, Replace) and primitive.name == "weight" and primitive.rows is None
+
+
+def require_whole(
+    weights: Mapping[str, float], lowered: Mapping[str, Lowered], heads: Iterable[str]
+) -> None:
+    """Raises InvalidError if a head that only adapters have would be mixed with the random values
+    it starts with: it takes the weights 0 and 1, and one active adapter."""
+    for head in sorted(heads):
+        active = [n for n, w in weights.items() if w and head in whole_modules(lowered[n])]
+        if len(active) > 1 or any(weights[name] != 1 for name in active):
+            shown = ", ".join(f"{clean(name)}={weights[name]:g}" for name in active)
+            raise InvalidError(
+                f"{head} is not in the base's checkpoint: it takes weight 1 from one adapter,"
+                f" found {shown}"
+            )
 
 
 def _shown(

@@ -48,7 +48,8 @@ Make = Callable[..., Path]
 
 @pytest.fixture
 def make(fixtures: Path, tmp_path: Path) -> Make:
-    """`make(case, edit, r=4)`: a copy of a case's adapter, its tensors edited, its config changed.
+    """`make(case, edit, r=4)`: a copy of a case's adapter, its tensors edited, its config changed;
+    `make("adapters/name", ...)` of a shared one.
 
     A value of ... removes a field of the config.
     """
@@ -56,7 +57,8 @@ def make(fixtures: Path, tmp_path: Path) -> Make:
     def copy(case: str = "llama.lora_qv", edit: Edit | None = None, **config: Any) -> Path:
         folder = tmp_path / f"adapter{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        for source in (fixtures / "cases" / case / "adapter").iterdir():
+        start = fixtures / (case if "/" in case else f"cases/{case}/adapter")
+        for source in start.iterdir():
             shutil.copyfile(source, folder / source.name)  # not copy(): it may be read-only
         known = json.loads((folder / CONFIG).read_text()) | config
         kept = {name: value for name, value in known.items() if value is not ...}

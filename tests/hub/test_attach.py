@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -430,3 +431,100 @@ def test_constants_of_repacked_weights_come_from_the_bases_files(
     model.config._name_or_path = "moved away"
     with pytest.raises(MismatchError, match=r"layers\.0.*repacked"):
         scales(model)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "said"),
+    [
+        (None, "expected names"),
+        ({"a": 3}, "found 3"),
+        ([b"x"], "found b'x'"),
+        (3, "expected names"),
+    ],
+)
+def test_what_is_no_source_is_refused(llama: Any, adapters: Any, said: str) -> None:
+    with pytest.raises(InvalidError, match=said):
+        attach(llama, adapters)
+
+
+@pytest.mark.parametrize("weights", [None, 3, "a", {"a": 10**400}, {"a": "1"}])
+def test_what_is_no_weight_is_refused(
+    llama: Any, case: Callable[[str], Path], weights: Any
+) -> None:
+    with attach(llama, {"a": case("lora_qv")}) as adapters:
+        with pytest.raises(InvalidError, match="finite numbers|expected names"):
+            adapters.activate(weights)
+        adapters.activate({"a": np.float32(0.5)})
+        assert dict(adapters.active) == {"a": 0.5}
+
+
+def test_options_that_do_not_exist_are_refused(llama: Any, case: Callable[[str], Path]) -> None:
+    with pytest.raises(InvalidError, match="no option bogus"):
+        attach(llama, [case("lora_qv")], bogus=1)
+    with pytest.raises(InvalidError, match="pfet"):
+        attach(llama, [case("lora_qv")], dialect="pfet")
+
+
+def test_a_detached_handle_touches_nothing_any_more(
+    llama: Any, case: Callable[[str], Path]
+) -> None:
+    base = run(llama)
+    first = attach(llama, {"a": case("lora_qv")})
+    first.detach()
+    for act in (lambda: first.add("b", case("dora")), lambda: first.activate({})):
+        with pytest.raises(ConflictError, match="detached"):
+            act()
+    second = attach(llama, {"a": case("lora_qv")})
+    first.detach()
+    assert attached(llama) is second
+    second.detach()
+    assert torch.equal(run(llama), base)
+
+
+def test_a_forward_wrapped_after_attach_survives_detach(
+    llama: Any, case: Callable[[str], Path]
+) -> None:
+    base = run(llama)
+    adapters = attach(llama, [case("lora_qv")])
+    layer = llama.model.layers[0].self_attn.q_proj
+    inner, calls = layer.forward, []
+
+    def outer(x: Tensor) -> Tensor:
+        calls.append(1)
+        return inner(x)
+
+    layer.forward = outer
+    adapters.detach()
+    assert torch.equal(run(llama), base)
+    assert calls and vars(layer)["forward"] is outer
+
+
+def test_a_copy_that_differs_from_the_saved_module_is_damage(
+    llama: Any, case: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = case("lora_modules_to_save")
+    tensors = load_file(source / "adapter_model.safetensors")
+    head = tensors["base_model.model.lm_head.weight"]
+    (tmp_path / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    wrapper = "base_model.model.lm_head.modules_to_save.weight"
+    save_file(tensors | {wrapper: head.clone()}, tmp_path / "adapter_model.safetensors")
+    attach(llama, [tmp_path]).detach()
+    save_file(tensors | {wrapper: head + 1}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(DamagedError, match="modules_to_save"):
+        attach(llama, [tmp_path])
+
+
+def test_factors_too_large_for_half_precision_are_kept_in_float32(
+    llama: Any, case: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """A is a million times larger and B as much smaller: the same adapter."""
+    source = case("lora_qv")
+    tensors = load_file(source / "adapter_model.safetensors")
+    scaled = {k: v * (1e6 if ".lora_A." in k else 1e-6) for k, v in tensors.items()}
+    (tmp_path / "adapter_config.json").write_bytes((source / "adapter_config.json").read_bytes())
+    save_file(scaled, tmp_path / "adapter_model.safetensors")
+    half = llama.half()
+    with attach(half, [source]):
+        expected = run(half)
+    with attach(half, [tmp_path]):
+        torch.testing.assert_close(run(half), expected, atol=2e-2, rtol=2e-2)

@@ -89,7 +89,7 @@ def test_a_field_can_be_allowed(make: Make, llama: Base) -> None:
     ("change", "code"),
     [
         ({"r": "4"}, 5),
-        ({"peft_type": "IA3"}, 3),
+        ({"peft_type": "XLORA"}, 3),
         ({"peft_type": ["LORA"]}, 3),
         ({"target_modules": "("}, 5),
         ({"target_modules": "[a-z]{999999999}"}, 5),
@@ -101,7 +101,7 @@ def test_an_unreadable_adapter_is_unknown_and_says_why(
     report = check(make(**change), base=llama)
     (finding,) = report.findings
     assert (report.verdict, exit_code(report), finding.code) == (UNKNOWN, code, "unreadable")
-    assert str(next(iter(change))) in str(finding) or "IA3" in str(finding)
+    assert str(next(iter(change))) in str(finding) or "XLORA" in str(finding)
 
 
 def test_every_fault_of_a_damaged_header_reaches_the_report(make: Make, llama: Base) -> None:

@@ -23,7 +23,7 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 def keys(*names: str, bias: str = "none", saved: tuple[str, ...] = ()) -> Keys:
-    return read_keys(names, LORA, ReplacedFields(bias=bias, saved=saved), Targets(saved=saved))
+    return read_keys(names, LORA, ReplacedFields(bias=bias), Targets(saved=saved))
 
 
 @pytest.mark.parametrize(
