@@ -32,7 +32,8 @@ def index_manifest(db: Database, id: str, read: ReadBlob) -> None:
     known = next(db.query("SELECT damaged FROM manifests WHERE id = ?", [id]), None)
     if known is None or known["damaged"]:
         _fill_manifest(db, id, read)
-    index_names(db, id)
+    else:
+        index_names(db, id)
 
 
 def _fill_manifest(db: Database, id: str, read: ReadBlob) -> None:
@@ -57,10 +58,11 @@ def _fill_manifest(db: Database, id: str, read: ReadBlob) -> None:
     for parent in manifest.parents:
         edge = {"child": id, "parent": parent["version"].removeprefix("sha256:")}
         put(db, "edges", edge | {"relation": parent["relation"]})
+    words = " ".join((facts.kind, variant, *facts.targets))
     db.execute(
         "INSERT INTO search (rowid, names, targets, notes, base, card)"
-        " SELECT rowid, '', ?, '', ?, ? FROM manifests WHERE id = ?",
-        [" ".join((facts.kind, variant, *facts.targets)), facts.base, _card(manifest, read), id],
+        " SELECT rowid, ?, ?, '', ?, ? FROM manifests WHERE id = ?",
+        [_names(db, id), words, facts.base, _card(manifest, read), id],
     )
 
 
@@ -78,11 +80,15 @@ def _card(manifest: Manifest, read: ReadBlob) -> str:
 
 def index_names(db: Database, id: str) -> None:
     """Make a manifest be found by the names it has now."""
-    rows = db.query("SELECT DISTINCT name FROM versions WHERE id = ? ORDER BY name", [id])
     db.execute(
         "UPDATE search SET names = ? WHERE rowid = (SELECT rowid FROM manifests WHERE id = ?)",
-        [" ".join(row["name"] for row in rows), id],
+        [_names(db, id), id],
     )
+
+
+def _names(db: Database, id: str) -> str:
+    rows = db.query("SELECT DISTINCT name FROM versions WHERE id = ? ORDER BY name", [id])
+    return " ".join(row["name"] for row in rows)
 
 
 def facts_of(manifest: Manifest) -> Facts:

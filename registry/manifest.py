@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterkit.registry.errors import DamagedError, InvalidError
-from adapterkit.registry.strictjson import canonical, digest_of, parse_object
+from adapterkit.registry.strictjson import canonical, digest_of, is_simple, parse_object
 from adapterkit.registry.wellformed import MAX_SIZE, SCHEMA, problems_of
 
 
@@ -90,6 +90,8 @@ class Manifest:
     @classmethod
     def parse(cls, data: bytes, name: str = "the manifest") -> Manifest:
         """Raises DamagedError that lists everything wrong with it; `name` is its subject."""
+        from rfc8785 import CanonicalizationError
+
         value = parse_object(data, name)
         problems = problems_of(value)
         if problems:
@@ -108,8 +110,9 @@ class Manifest:
         )
         # One meaning, one id: other bytes for the same data would be a second id.
         try:
-            same = found.dump() == data
-        except InvalidError as error:
+            plain = value if is_simple(value) else _plain(value)
+            same = canonical(plain) == data and files == sorted(files)
+        except (InvalidError, CanonicalizationError, UnicodeEncodeError) as error:
             raise DamagedError(f"{name} is malformed: {error}") from error
         if not same:
             raise DamagedError(f"{name} is not in canonical form")

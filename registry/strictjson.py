@@ -15,6 +15,8 @@ MAX_DEPTH = 64
 MAX_SIZE = 64 << 20
 # 1e30 is in every tokenizer's config.
 MAX_DIGITS = 100
+# The largest integer that JSON readers agree on.
+MAX_INTEGER = 2**53 - 1
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
@@ -39,7 +41,8 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
         raise DamagedError(f"{name} has duplicate keys: {shown}")
     if not isinstance(value, dict):
         raise DamagedError(f"{name} holds {_kind(value)}, expected a JSON object")
-    if depth(value) > MAX_DEPTH:
+    opened = data.count(b"{") + data.count(b"[")
+    if opened > MAX_DEPTH and depth(value) > MAX_DEPTH:
         raise DamagedError(f"{name} is nested deeper than {MAX_DEPTH} levels")
     if b"\\u" in data and not is_text(value):
         raise DamagedError(f"{name} holds half of a surrogate pair, which is not text")
@@ -105,9 +108,34 @@ def depth(value: object) -> int:
 
 def canonical(value: object) -> bytes:
     """RFC 8785 bytes of `value`: equal data has equal bytes, whatever wrote it."""
+    if is_simple(value):  # the same bytes, ten times faster: a catalog is made of many
+        return json.dumps(
+            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        ).encode()
     import rfc8785
 
     return rfc8785.dumps(value)  # type: ignore[arg-type]
+
+
+def is_simple(value: object) -> bool:
+    """Whether Python writes it as RFC 8785 wants it: not so floats, large integers, and keys that
+    UTF-16 sorts in another way."""
+    stack: list[Any] = [value]
+    while stack:
+        item = stack.pop()
+        kind = type(item)
+        if kind is dict:
+            if not all(type(key) is str and key.isascii() for key in item):
+                return False
+            stack.extend(item.values())
+        elif kind is list:
+            stack.extend(item)
+        elif kind is int:
+            if not -MAX_INTEGER <= item <= MAX_INTEGER:
+                return False
+        elif kind is not str and item is not None and kind is not bool:
+            return False
+    return True
 
 
 def digest_of(data: bytes) -> str:

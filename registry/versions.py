@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from adapterkit.registry.errors import InvalidError
@@ -14,6 +15,7 @@ MAX_LENGTH = 64
 FIRST = "1.0"
 
 
+@lru_cache(4096)  # few numbers are in use, and each is asked for again and again
 def _parse(text: str) -> Version | None:
     from packaging.version import InvalidVersion, Version
 

@@ -7,7 +7,8 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+import rfc8785
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapterkit.registry.errors import DamagedError
@@ -103,3 +104,28 @@ VALUES = st.recursive(
 def test_every_object_of_json_is_read_back(value: dict[str, Any], plain: bool) -> None:
     assert parse_object(json.dumps(value, ensure_ascii=plain).encode(), "x") == value
     assert parse_object(canonical(value), "x") == value
+
+
+KEYS = st.text(max_size=8)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.floats(allow_nan=False)
+    | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(KEYS, inner, max_size=5),
+    max_leaves=20,
+)  # fmt: skip
+
+
+@given(value=VALUES)
+def test_canonical_bytes_are_those_of_rfc_8785(value):
+    """Also where Python writes them itself."""
+    try:
+        expected = rfc8785.dumps(value)
+    except (rfc8785.CanonicalizationError, UnicodeEncodeError):
+        assume(False)
+    assert canonical(value) == expected
+
+
+@pytest.mark.parametrize("value", [2**53, -(2**53), [2**60], {"a": 10**30}])
+def test_integers_that_json_cannot_hold_are_refused(value):
+    with pytest.raises(rfc8785.CanonicalizationError):
+        canonical(value)
