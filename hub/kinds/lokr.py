@@ -93,25 +93,19 @@ def _rules(fields: ProductFields) -> Rules:
 
 
 def _product_faults(module: Module, tensors: Mapping[str, Stored]) -> list[Finding]:
-    """Of two factors whose sizes do not multiply to those of the module; each is named."""
-    sides = []
+    """Of two factors whose sizes do not multiply to those of the module. Either may be wrong, so
+    both are named."""
+    found = []
     for axis, wanted in ((0, module.n_out), (1, module.n_in)):
-        parts = [_part(tensors, factor, axis) for factor in ("w1", "w2")]
-        if any(part is None or len(part.shape) != 2 for part in parts):
-            return []  # missing or misshapen, which is said already
-        first, second = (part for part in parts if part is not None)
-        if first.shape[axis] * second.shape[axis] != wanted:
-            sides.append((first, second, wanted, axis))
-    return [
-        Finding(
-            ERROR,
-            "shape-mismatch",
-            first.key,
-            f"{'inputs' if axis else 'outputs'} that make {wanted} with those of {second.key}",
-            f"{first.shape[axis]} times {second.shape[axis]}",
-        )
-        for first, second, wanted, axis in sides
-    ]
+        parts = [part for f in ("w1", "w2") if (part := _part(tensors, f, axis)) is not None]
+        if len(parts) < 2 or any(len(part.shape) != 2 for part in parts):
+            continue  # missing or misshapen, which is said already
+        sizes = [part.shape[axis] for part in parts]
+        if sizes[0] * sizes[1] != wanted:
+            sides = "inputs" if axis else "outputs"
+            want, has = f"factors that make {wanted} {sides}", f"{sizes[0]} times {sizes[1]}"
+            found += [Finding(ERROR, "shape-mismatch", p.key, want, has) for p in parts]
+    return found
 
 
 def _part(tensors: Mapping[str, Stored], factor: str, axis: int) -> Stored | None:

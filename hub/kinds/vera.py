@@ -45,8 +45,9 @@ class Vera:
         n_out = max((module.n_out for module in targets), default=0)
         if not fields.saved:
             return replace(found, shared=partial(_projections, fields, n_in, n_out))
-        whole = {("", A): Expected((fields.rank, n_in)), ("", B): Expected((n_out, fields.rank))}
-        return replace(found, tensors=found.tensors | whole)
+        shapes = {A: (fields.rank, n_in), B: (n_out, fields.rank)}
+        whole = {("", role): Expected(shape, required=False) for role, shape in shapes.items()}
+        return replace(found, tensors=found.tensors | whole)  # their absence is said by `problems`
 
     def lower(self, fields: VeraFields, site: Site, p: Mapping[str, Tensor]) -> Lowered:
         yield from replaced.lower(fields.replaced, site, p)

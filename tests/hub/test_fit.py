@@ -15,6 +15,7 @@ from adapterkit.hub import check
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.findings import ERROR, Finding
 from adapterkit.hub.fit import fit
+from adapterkit.hub.formats.peft_type import PEFT_TYPES
 from adapterkit.hub.locate import locate
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.task import for_task
@@ -25,10 +26,6 @@ Tensors = dict[str, tuple[str, list[int], bytes]]
 P = "base_model.model."
 Q0 = "model.layers.0.self_attn.q_proj"
 FIXTURES = Path(os.environ.get("ADAPTERKIT_FIXTURES") or Path(__file__).parents[1] / "data")
-FAMILY = {
-    "lora", "rslora", "dora", "qlora", "qdora", "lora_embedding", "lora_trainable_tokens",
-    "trainable_tokens", "multi_lora",
-}  # fmt: skip
 
 
 def faults(folder: Path, base: Base) -> list[Finding]:
@@ -307,14 +304,14 @@ def test_all_faults_are_said_at_once(make: Make, base_of: Bases) -> None:
     }  # fmt: skip
 
 
-def lora_cases() -> list[tuple[str, str]]:
+def read_cases() -> list[tuple[str, str]]:
     """(case, base) of every adapter that is read, one for each set of bytes."""
     found: dict[str, tuple[str, str]] = {}
     for case in json.loads((FIXTURES / "index.json").read_text())["cases"]:
         for adapter in case["adapters"]:
             path = adapter["path"]
-            known = "adapter_model.safetensors" in adapter["files"] and case["kind"] in FAMILY
-            if known and adapter.get("peft_type") in ("LORA", "TRAINABLE_TOKENS"):
+            known = "adapter_model.safetensors" in adapter["files"]
+            if known and adapter.get("peft_type") in PEFT_TYPES:
                 found.setdefault(path, (path, case["base_path"]))
     return list(found.values())
 
@@ -324,7 +321,7 @@ def described() -> dict[str, Base]:
     return {}
 
 
-@pytest.mark.parametrize(("path", "base_path"), lora_cases(), ids=lambda path: path)
+@pytest.mark.parametrize(("path", "base_path"), read_cases(), ids=lambda path: path)
 def test_no_tensor_can_be_lost_renamed_or_reshaped_unnoticed(
     path: str,
     base_path: str,
@@ -366,6 +363,8 @@ def problems(adapter: Any, tensors: Any, base: Base) -> list[Finding]:
 def names(place: tuple[str, str], key: str, found: list[Finding]) -> bool:
     """Whether a finding names the tensor, its module, or the entry of the config it belongs to."""
     entries = {"the input embedding", "bias"} if place[1] in ("tokens", "replace.bias") else set()
+    if not place[0]:  # of no module, so it goes by its role
+        entries = {place[1]}
     return any(
         f.tensor in {key, place[0], *entries} or place[0].endswith("." + f.tensor) for f in found
     )
