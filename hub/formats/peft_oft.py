@@ -27,8 +27,7 @@ def read(reader: ConfigReader, names: Collection[str]) -> OftFields:
         reader.fault("oft_block_size", f"0 or not, as r is {'not ' if count else ''}0")
     terms = reader.count("num_cayley_neumann_terms", 5, MAX_TERMS)
     limit = reader.number("eps", 6e-5)
-    series = reader.config.get("use_cayley_neumann", True) is not False
-    reader.flag("use_cayley_neumann")
+    series = reader.flag("use_cayley_neumann") or "use_cayley_neumann" not in reader.config
     reader.flag("fan_in_fan_out")  # checked only: the base's module type decides, as in PEFT
     fields = OftFields(
         size=size,

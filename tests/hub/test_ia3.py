@@ -248,6 +248,12 @@ def test_shapes_tell_where_the_config_does_not_say(make: Make, fixtures: Path, u
         assert torch.equal(model(tokens).logits, said)
 
 
+@pytest.mark.parametrize("wrong", [5, {"a": 1}, [""], [1]])
+def test_feedforward_modules_of_another_type_are_named(make: Make, llama: Base, wrong: Any) -> None:
+    found = str(check(make(LLAMA, feedforward_modules=wrong), base=llama).findings[0])
+    assert "feedforward_modules is" in found
+
+
 def test_a_feedforward_pattern_nobody_vetted_is_bounded(make: Make, llama: Base) -> None:
     report = check(make(LLAMA, feedforward_modules="(a+)+[", target_modules=["k_proj"]),
                    base=llama)  # fmt: skip

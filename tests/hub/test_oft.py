@@ -291,6 +291,53 @@ def test_a_tensor_that_is_missing_renamed_or_reshaped_is_named(
             assert any(named in error for error in errors(write(edit), llama)), named
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"r": "4"}, "an integer"),
+        ({"oft_block_size": None}, "an integer"),
+        ({"oft_block_size": 0}, "as r is 0"),
+        ({"coft": "yes"}, "true or false"),
+        ({"eps": "small"}, "a finite number"),
+        ({"num_cayley_neumann_terms": 10**9}, "an integer from 1 to 1000"),
+        ({"use_cayley_neumann": 1}, "true or false"),
+        ({"block_share": "no"}, "true or false"),
+        ({"bias": "lora_only"}, "one of none, all, oft_only"),
+        ({"peft_version": "newest"}, "a version"),
+    ],
+)
+def test_a_field_of_the_wrong_type_is_named(
+    write: Callable[..., Path], llama: Base, change: dict[str, Any], expected: str
+) -> None:
+    folder = write()
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    found = str(check(folder, base=llama).findings[0])
+    (field,) = change
+    assert field in found
+    assert expected in found
+
+
+def test_oft_only_replaces_the_biases_of_the_turned_modules(
+    make: Make, base_of: Callable[[str], Base], fixtures: Path
+) -> None:
+    def add(tensors: dict[str, Any]) -> None:
+        for key in [key for key in tensors if key.endswith(".oft_R.weight")]:
+            bias = key.replace(".oft_R.weight", ".base_layer.bias")
+            tensors[bias] = ("F32", [64], torch.ones(64).numpy().tobytes())
+
+    found = [*errors(make("bert.oft_cls", bias="oft_only"), base_of("bert"))]
+    assert sum("replace.bias" in error for error in found) == 4
+    whole = make("bert.oft_cls", add, bias="oft_only")
+    assert not [*errors(whole, base_of("bert"))]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        fixtures / "bases" / "bert", dtype=torch.float32
+    ).eval()
+    layer = model.bert.encoder.layer[0].attention.self.query
+    with torch.no_grad(), attach(model, [whole]):
+        torch.testing.assert_close(layer(torch.zeros(1, 64)), torch.ones(1, 64))
+
+
 def old_blocks(tensors: dict[str, Any]) -> None:
     """As PEFT 0.7 to 0.15 stored them."""
     for key in list(tensors):
