@@ -23,12 +23,13 @@ class App:
     home: Path | None = None
     verbosity: int = 1
     offline: bool = False
+    single_writer: bool = False
 
     @cached_property
     def registry(self) -> Registry:
         from adapterkit.registry import Registry
 
-        return Registry(self.home)
+        return Registry(self.home, single_writer=self.single_writer)
 
     @property
     def cache(self) -> Path:

@@ -18,16 +18,11 @@ if TYPE_CHECKING:
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 
 
-class Duration(click.ParamType):
-    name = "time"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> timedelta:
-        found = re.fullmatch(r"(\d{1,6})([smhdw]?)", str(value))
-        if found is None or not (found[2] or found[1].strip("0") == ""):
-            self.fail(f"{value!r} is not a time such as 90m, 36h, 30d or 0", param, ctx)
-        return timedelta(**{_UNITS[found[2] or "s"]: int(found[1])})
+def duration(text: str) -> timedelta:
+    found = re.fullmatch(r"(\d{1,6})([smhdw]?)", text)
+    if found is None or not (found[2] or not found[1].strip("0")):
+        raise click.BadParameter(f"{text!r} is not a time such as 90m, 36h, 30d or 0")
+    return timedelta(**{_UNITS[found[2] or "s"]: int(found[1])})
 
 
 @click.command()
@@ -35,10 +30,10 @@ class Duration(click.ParamType):
 @click.option(
     "--keep-last", type=click.IntRange(0), metavar="N", help="First remove all but N per name."
 )
-@click.option("--older-than", type=Duration(), metavar="TIME", help="Remove only older ones.")
+@click.option("--older-than", type=duration, metavar="TIME", help="Remove only older ones.")
 @click.option("--keep-tagged", is_flag=True, help="Remove none that has a tag.")
 @click.option(
-    "--grace", type=Duration(), default="1d", show_default=True, metavar="TIME",
+    "--grace", type=duration, default="1d", show_default=True, metavar="TIME",
     help="Leave what was stored, removed or trashed since.",
 )  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")

@@ -120,17 +120,22 @@ def show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option("--no-color", is_flag=True, help="Print without colors; so does $NO_COLOR.")
 @click.option("--offline", is_flag=True, help="Never use the network.")
 @click.option(
+    "--single-writer", is_flag=True,
+    help="Write where locks cannot be trusted (NFS, SMB): no other process may.",
+)  # fmt: skip
+@click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version,
     help="Print the version and exit.",
 )  # fmt: skip
 @click.pass_context
 def main(
-    ctx: click.Context, home: Path | None, quiet: bool, verbose: bool, no_color: bool, offline: bool
-) -> None:
+    ctx: click.Context, home: Path | None, quiet: bool, verbose: bool, no_color: bool,
+    offline: bool, single_writer: bool,
+) -> None:  # fmt: skip
     """A home for the adapters of a base model: versions, checks, remotes."""
     if no_color or os.environ.get("NO_COLOR"):
         ctx.color = False
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub, which is imported later
-    ctx.obj = App(home, 0 if quiet else 2 if verbose else 1, offline)
+    ctx.obj = App(home, 0 if quiet else 2 if verbose else 1, offline, single_writer)
     ctx.call_on_close(ctx.obj.close)

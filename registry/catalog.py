@@ -21,9 +21,10 @@ BUSY_SECONDS = 60
 
 
 class Catalog:
-    """path: the database file, or None for one in memory."""
+    """path: the database file, or None for one in memory. shared: whether other processes may
+    have it open; where memory cannot be shared with them, they must not."""
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, shared: bool = True) -> None:
         from sqlite_utils import Database
 
         self.path = path
@@ -36,17 +37,17 @@ class Catalog:
         try:
             self.db: Database = Database(connection, execute_plugins=False)
             self.db.execute("PRAGMA busy_timeout = 60000")
-            self._open()
+            self._open("WAL" if shared else "DELETE")
         except BaseException:
             connection.close()
             raise
 
-    def _open(self) -> None:
+    def _open(self, journal: str) -> None:
         """Raises sqlite3.DatabaseError when the file is not a catalog this program can use."""
         have = self._number("PRAGMA user_version")
         if have > len(STEPS):
             raise sqlite3.DatabaseError(f"the catalog has schema {have}, newer than {len(STEPS)}")
-        for setting in ("journal_mode = WAL", "synchronous = FULL"):
+        for setting in (f"journal_mode = {journal}", "synchronous = FULL"):
             self.db.execute(f"PRAGMA {setting}").fetchall()
         if have < len(STEPS):
             with self.transaction():

@@ -138,6 +138,29 @@ class Files:
     def listdir(self, path: Path) -> list[str]:
         return sorted(child.name for child in path.iterdir())
 
+    def file_system(self, path: Path) -> str:
+        """Its type, as `mount` calls it; '' where the system does not say."""
+        there = next((p for p in (path, *path.parents) if p.exists()), Path("/"))
+        device = there.stat().st_dev
+        mark = f" {os.major(device)}:{os.minor(device)} " if hasattr(os, "major") else ""
+        try:
+            mounts = Path("/proc/self/mountinfo").read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        kinds = [line.partition(" - ")[2].split(" ")[0] for line in mounts if mark in line]
+        return kinds[-1] if kinds else ""
+
+    def locks_work(self, folder: Path) -> bool:
+        """Whether a file that is locked cannot be locked again."""
+        if fcntl is None:
+            return True
+        path = folder / f"{uuid.uuid4().hex}.part"
+        with self.create(path) as first, self.open_update(path) as second:
+            try:
+                return _lock(first) is True and _lock(second) is False
+            finally:
+                self.unlink(path)
+
     def writable(self, path: Path) -> bool:
         return os.access(path, os.W_OK)
 

@@ -6,7 +6,7 @@ import sqlite3
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +21,10 @@ from adapterkit.registry.errors import (
 )
 from adapterkit.registry.files import Files, storage_errors
 from adapterkit.registry.leases import Leases
+from adapterkit.registry.locking import Locking
 from adapterkit.registry.log import Log, Place, Record, make_record
 from adapterkit.registry.trash import Trash
 
-LOCK_SECONDS = 60.0
 # Errors of a catalog that is broken, not of one that is busy or on a full disk.
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CONSTRAINT")
 # ValueError: text, also that of SQLite's own messages, that is no UTF-8 or no JSON any more.
@@ -69,8 +69,9 @@ class Change:
 class Home:
     """`path` need not exist: the first write creates it."""
 
-    def __init__(self, path: Path, files: Files) -> None:
+    def __init__(self, path: Path, files: Files, single_writer: bool = False) -> None:
         self.path, self.files = path, files
+        self.locking = Locking(path, files, single_writer)
         self.guard = threading.RLock()
         self.blobs = Blobs(path / "blobs", path / "tmp", files)
         self.leases = Leases(path / "leases", files)
@@ -79,6 +80,8 @@ class Home:
         self.log = Log(path / "log", files)
         with self._errors():
             self._made = layout.check(path, files)
+            if self._made:
+                self.locking.warn()
             self.catalog = self._open_catalog()
 
     def close(self) -> None:
@@ -109,42 +112,39 @@ class Home:
 
     def create(self) -> None:
         with self.guard, self._errors():
+            self.locking.check()
             if not self._made:
                 layout.check(self.path, self.files)
                 self.blobs.create()
                 layout.create(self.path, self.files)
                 self._made = True
+            self.locking.probe()
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        from filelock import FileLock, Timeout
-
-        try:
-            held = FileLock(self.path / "lock", timeout=LOCK_SECONDS)
-            held.acquire()
-        except Timeout as error:
-            raise ConflictError(f"the registry {self.path} is locked by another process") from error
-        try:
-            yield
-        finally:
-            held.release()
+    def lock(self) -> AbstractContextManager[None]:
+        return self.locking.hold()
 
     def _open_catalog(self) -> Catalog:
         """From the disk; in memory where there is no registry yet or it cannot be written."""
-        if not self._made or not self.files.writable(self.path):
+        if not self._may_write():
             return Catalog(None)
         path = self.path / "catalog.db"
         if path.exists():
             try:
-                return self._sound(Catalog(path))
+                return self._sound(self._on_disk(path))
             except _UNUSABLE:
                 pass  # looked at again with the lock, when nobody is in the middle of making it
         with self.lock():
             return self._make_catalog(path)
 
+    def _may_write(self) -> bool:
+        return self._made and not self.locking.only_reading and self.files.writable(self.path)
+
+    def _on_disk(self, path: Path) -> Catalog:
+        return Catalog(path, shared=not self.locking.doubt)
+
     def _make_catalog(self, path: Path) -> Catalog:
         try:
-            return self._sound(Catalog(path))
+            return self._sound(self._on_disk(path))
         except _UNUSABLE as error:
             if not _is_broken(error):
                 return Catalog(None)
@@ -154,7 +154,7 @@ class Home:
     def _new_catalog(self, path: Path) -> Catalog:
         """In memory where the disk is too full, or fails, for one there."""
         try:
-            return Catalog(path)
+            return self._on_disk(path)
         except sqlite3.DatabaseError:
             return Catalog(None)
 
@@ -182,7 +182,7 @@ class Home:
         with self.guard, self._errors():
             self.catalog.close()
             self.catalog = Catalog(None)
-            if self._made and self.files.writable(self.path):
+            if self._may_write():
                 with self.lock():
                     delete(self.path / "catalog.db")
                     self.catalog = self._make_catalog(self.path / "catalog.db")

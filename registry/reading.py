@@ -40,10 +40,15 @@ def default_home() -> Path:
 
 
 class ReadingSide:
-    """References are given as text or as Ref. home: see default_home; it need not exist yet."""
+    """References are given as text or as Ref. home: see default_home; it need not exist yet.
 
-    def __init__(self, home: Path | None = None, *, files: Files | None = None) -> None:
-        self.home = Home((home or default_home()).absolute(), files or Files())
+    single_writer: no other process writes there, so that no lock is needed.
+    """
+
+    def __init__(
+        self, home: Path | None = None, *, files: Files | None = None, single_writer: bool = False
+    ) -> None:
+        self.home = Home((home or default_home()).absolute(), files or Files(), single_writer)
 
     def __enter__(self) -> Self:
         return self

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.registry import AdapterError, AdapterWarning, ConflictError, Meaning, Registry
-from adapterkit.registry import home as home_module
+from adapterkit.registry import (
+    AdapterError,
+    AdapterWarning,
+    ConflictError,
+    Meaning,
+    Registry,
+    locking,
+)
 from adapterkit.registry.files import Files
 from adapterkit.registry.log import Log, Place
 
@@ -237,7 +243,7 @@ def test_a_process_killed_while_others_write_does_not_stop_them(tmp_path):
 
 
 def test_a_lock_that_is_never_released_is_a_conflict(tmp_path, monkeypatch):
-    monkeypatch.setattr(home_module, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(locking, "LOCK_SECONDS", 0.05)
     with Registry(tmp_path / "home") as registry, Registry(tmp_path / "home") as other:
         registry.add("sql", FILES, LORA)
         with registry.home.lock(), pytest.raises(ConflictError, match="locked"):
