@@ -23,7 +23,8 @@ MIXER = "mixer"
 class Moslora(Lora):
     def summary(self, adapter: Adapter) -> Summary:
         plain = super().summary(adapter)
-        return replace(plain, variant="+".join(["MoSLoRA", *plain.variant.split("+")][:2]))
+        words = [word for word in plain.variant.split("+") if word != "LoRA"]
+        return replace(plain, variant="+".join([*words, "MoSLoRA"]))
 
     def problems(self, adapter: Adapter) -> list[Finding]:
         found = super().problems(adapter)
