@@ -21,6 +21,7 @@ from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.compose.plan import Weighted
 from adapterkit.hub.findings import clean
 from adapterkit.hub.locate import Source, locate
+from adapterkit.hub.primitives import Gain
 from adapterkit.hub.sources import Folder
 from adapterkit.registry.errors import (
     ConflictError,
@@ -97,11 +98,9 @@ class Adapters:
         for module in updates.keys() - self._patches.keys():
             self._patches[module] = Patch(self._modules[module])
         sequential = self._options.dialect == "peft"
-        weighted = any(weight != 1 for weight in active.values())
+        sum_gains = sequential and _has_weighted_gains(updates)
         plans = {
-            module: patch.fold(
-                updates.get(module, ()), sequential=sequential, sum_gains=sequential and weighted
-            )
+            module: patch.fold(updates.get(module, ()), sequential=sequential, sum_gains=sum_gains)
             for module, patch in self._patches.items()
         }
         for module, plan in plans.items():  # nothing above can leave half of it active
@@ -137,6 +136,15 @@ class Adapters:
         if unknown:
             held = ", ".join(self._lowered) or "nothing"
             raise NotFoundError(f"no adapter is attached as {', '.join(unknown)}; attached: {held}")
+
+
+def _has_weighted_gains(updates: Mapping[str, Sequence[Weighted]]) -> bool:
+    """PEFT multiplies the gains it activates, and sums those it gives weights."""
+    return any(
+        update.weight != 1 and isinstance(update.primitive, Gain)
+        for made in updates.values()
+        for update in made
+    )
 
 
 def attach(

@@ -266,7 +266,9 @@ def test_a_module_type_without_gains_is_refused(make: Make, fixtures: Path) -> N
         attach(model, [make(LLAMA, target_modules=["down_proj", "k_proj", "v_proj", "norm"])])
 
 
-@pytest.mark.parametrize("weights", [{"a": 1, "b": 1}, {"a": 0.6, "b": 0.4}])
+@pytest.mark.parametrize(
+    "weights", [{"a": 1, "b": 1}, {"a": 0.6, "b": 0.4}, {"a": 1, "b": 1, "lora": 0.5}]
+)
 def test_gains_multiply_and_pefts_weighted_ones_are_summed(
     fixtures: Path, weights: dict[str, float]
 ) -> None:
@@ -275,6 +277,7 @@ def test_gains_multiply_and_pefts_weighted_ones_are_summed(
     model = load(fixtures / "bases" / "llama")
     sources = {name: fixtures / f"adapters/llama_ia3_{i}" for i, name in enumerate("ab", 1)}
     files = {name: load_file(sources[name] / "adapter_model.safetensors") for name in "ab"}
+    sources["lora"] = fixtures / "cases/llama.lora_qv/adapter"  # not on this module
     key = f"base_model.model.{KEY}.ia3_l"
     a, b = (files[name][key].flatten() for name in "ab")
     layer = model.get_submodule(KEY)
