@@ -51,21 +51,25 @@ def collect(home: Home, grace: timedelta, dry_run: bool) -> Plan:
     """
     fresh = Catalog(None)
     try:
-        with home.guard:
-            if not home.exists():
-                return Plan({})
-            with fresh.transaction():
-                fresh.catch_up(home.log, home.blobs.read)
-        if dry_run:
-            return _plan(home, fresh, grace)
-        with home.write() as change:
-            with fresh.transaction():
-                fresh.catch_up(home.log, home.blobs.read)
-            plan = _plan(home, fresh, grace)
-            _carry_out(home, change, fresh, plan)
-            return plan
+        with home.errors():
+            return _collect(home, fresh, grace, dry_run)
     finally:
         fresh.close()
+
+
+def _collect(home: Home, fresh: Catalog, grace: timedelta, dry_run: bool) -> Plan:
+    if not home.exists():
+        return Plan({})
+    with fresh.transaction():
+        fresh.catch_up(home.log, home.blobs.read)
+    if dry_run:
+        return _plan(home, fresh, grace)
+    with home.write() as change:
+        with fresh.transaction():
+            fresh.catch_up(home.log, home.blobs.read)
+        plan = _plan(home, fresh, grace)
+        _carry_out(home, change, fresh, plan)
+        return plan
 
 
 def _plan(home: Home, fresh: Catalog, grace: timedelta) -> Plan:

@@ -78,7 +78,7 @@ class Home:
         self.trash = Trash(path / "trash", self.blobs, files)
         self.blobs.keeper = self
         self.log = Log(path / "log", files)
-        with self._errors():
+        with self.errors():
             self._made = layout.check(path, files)
             if self._made:
                 self.locking.warn()
@@ -90,13 +90,16 @@ class Home:
             self.catalog.close()
 
     def take(self, digests: Iterable[str]) -> None:
-        self.leases.take(digests)
+        with self.errors():
+            self.leases.take(digests)
 
     def revive(self, digest: str) -> bool:
-        return self.trash.revive(digest)
+        with self.errors():
+            return self.trash.revive(digest)
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def errors(self) -> Iterator[None]:
+        """Translates those of the system and of SQLite."""
         try:
             with storage_errors(f"the registry {self.path}"):
                 yield
@@ -106,12 +109,12 @@ class Home:
 
     def exists(self) -> bool:
         """Now, not only when it was opened."""
-        with self._errors():
+        with self.errors():
             self._made = self._made or layout.check(self.path, self.files)
         return self._made
 
     def create(self) -> None:
-        with self.guard, self._errors():
+        with self.guard, self.errors():
             self.locking.check()
             if not self._made:
                 layout.check(self.path, self.files)
@@ -179,7 +182,7 @@ class Home:
 
     def rebuild(self) -> None:
         """Make the catalog anew from the log and the blobs."""
-        with self.guard, self._errors():
+        with self.guard, self.errors():
             self.catalog.close()
             self.catalog = Catalog(None)
             if self._may_write():
@@ -203,7 +206,7 @@ class Home:
 
         A broken one is made anew; where the disk is full, one in memory answers.
         """
-        with self.guard, self._errors():
+        with self.guard, self.errors():
             try:
                 self._refresh()
                 return query(self.catalog)
@@ -226,7 +229,7 @@ class Home:
     def write(self) -> Iterator[Change]:
         """Holds the lock and a transaction over an up-to-date catalog."""
         self.create()
-        with self.guard, self._errors():
+        with self.guard, self.errors():
             if self.catalog.path is None:
                 self.catalog.close()
                 self.catalog = self._open_catalog()

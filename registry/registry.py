@@ -124,7 +124,8 @@ class Registry(UpkeepSide):
         with self.home.leases.session():
             self._must_have(ref.at(number), sizes)
             blob = self.put_blob(manifest, parsed.id)
-            self.home.blobs.settle(sizes)
+            with self.home.errors():
+                self.home.blobs.settle(sizes)
             with self.home.write() as change:
                 change.require([*sizes, parsed.id])
                 found, new = commit.version(change, ref.at(number), parsed.id, movable, entries)

@@ -22,6 +22,7 @@ from adapterkit.registry.files import Files
 from adapterkit.registry.urls import parse_url
 from adapterkit.registry.verify import verify
 
+pytestmark = pytest.mark.timeout(3000)  # the full figures take their time
 NOW = timedelta(0)
 LORA = Meaning({"kind": "LORA"})
 Act = Callable[[Path, Files], None]

@@ -16,6 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from adapterkit.registry import ConflictError, Meaning, NotFoundError, Registry
 
+pytestmark = pytest.mark.timeout(3000)  # the full figures take their time
 NOW = timedelta(0)
 NAMES, TAGS = st.sampled_from(["sql", "team/sql", "tone"]), st.sampled_from(["a", "b"])
 CONTENTS = st.sampled_from([b"one", b"two", b"three"])

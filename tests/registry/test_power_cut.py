@@ -15,10 +15,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import BinaryIO
 
+import pytest
+
 from adapterkit.registry import Meaning, Registry
 from adapterkit.registry.files import Files
 from adapterkit.registry.verify import verify
 
+pytestmark = pytest.mark.timeout(3000)  # the full figures take their time
 NOW = timedelta(0)
 
 

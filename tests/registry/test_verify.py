@@ -12,6 +12,7 @@ import pytest
 from adapterkit.registry import Meaning, Registry
 from adapterkit.registry.verify import verify, verify_version
 
+pytestmark = pytest.mark.timeout(3000)  # the full figures take their time
 SKETCH = b"sketch of the base"
 
 
