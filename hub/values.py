@@ -11,6 +11,8 @@ from adapterkit.hub.headers import FLOATS, Stored
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# bytes of a value, and the bits of infinity
+BITS = {"F16": (2, 0x7C00), "BF16": (2, 0x7F80), "F32": (4, 0x7F80 << 16), "F64": (8, 0x7FF0 << 48)}
 NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
 # Values looked at together: bounds the memory whatever a header claims.
 CHUNK = 1 << 22
@@ -23,13 +25,13 @@ def check_values(adapter: Adapter) -> list[Finding]:
     for (module, role), stored in adapter.tensors.items():
         if stored.dtype not in FLOATS:
             continue
-        n_bad, largest = _scan(stored)
+        n_bad, nonzero = _scan(stored)
         if n_bad:
             found = f"{n_bad} that are NaN or Inf"
             findings.append(Finding(ERROR, "not-finite", stored.key, "finite values", found))
         if role in ("B", "embedding_B"):
             factors += 1
-            zero += [module] if largest == 0 else []
+            zero += [] if nonzero else [module]
     if factors and len(zero) == factors and not _does_more(adapter):
         about = "every lora_B is zero: it has no effect"
         findings.append(
@@ -42,19 +44,25 @@ def _does_more(adapter: Adapter) -> bool:
     return any(role not in ("A", "B", "embedding_A", "embedding_B") for _, role in adapter.tensors)
 
 
-def _scan(stored: Stored) -> tuple[int, float]:
-    """(values that are not finite, largest magnitude among the finite)."""
+def _scan(stored: Stored) -> tuple[int, bool]:
+    """(how many values are not finite, whether a finite one is not zero).
+
+    Told by the bits, several times faster than by the values: without the sign, infinity and NaN
+    are the largest numbers.
+    """
     import numpy as np
 
-    width = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}[stored.dtype]
-    n_bad, largest = 0, 0.0
+    width, infinity = BITS[stored.dtype]
+    n_bad, nonzero = 0, False
     for start in range(stored.start, stored.stop, CHUNK * width):
         size = min(CHUNK * width, stored.stop - start)
-        values = decode(stored.source.read(start, size), stored.dtype)
-        finite = np.isfinite(values)
-        n_bad += int(values.size - np.count_nonzero(finite))
-        largest = max(largest, float(np.max(np.abs(values), where=finite, initial=0.0)))
-    return n_bad, largest
+        bits = np.frombuffer(stored.source.read(start, size), f"<u{width}")
+        magnitudes = bits & ((1 << (8 * width - 1)) - 1)
+        if magnitudes.max(initial=0) >= infinity:
+            n_bad += int(np.count_nonzero(magnitudes >= infinity))
+            magnitudes = magnitudes[magnitudes < infinity]
+        nonzero = nonzero or bool(magnitudes.any())
+    return n_bad, nonzero
 
 
 def decode(data: bytes, dtype: str) -> NDArray[Any]:

@@ -13,18 +13,13 @@ from typing import BinaryIO, Protocol
 
 from adapterkit.registry.errors import AdapterError, DamagedError, InvalidError
 from adapterkit.registry.files import Files, storage_errors
+from adapterkit.registry.hashing import CHUNK, Hasher, compare, copy_hashed, hash_start
 
-CHUNK = 1 << 20
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 Content = Path | bytes | BinaryIO
 Fetch = Callable[[int], BinaryIO]
 Progress = Callable[[int], None]
-
-
-class Hasher(Protocol):
-    def update(self, data: bytes, /) -> None: ...
-    def hexdigest(self) -> str: ...
 
 
 class Keeper(Protocol):
@@ -124,7 +119,7 @@ class Blobs:
             try:
                 with self.files.create(part) as file:
                     found, length = self._copy(content, file)
-                    _compare(found, length, digest, size)
+                    compare(found, length, digest, size)
                     new = self._keep(part, file, found)
             finally:
                 self.files.unlink(part)
@@ -167,7 +162,7 @@ class Blobs:
     def _fill(
         self, file: BinaryIO, digest: str, size: int, fetch: Fetch, progress: Progress
     ) -> None:
-        hasher, start = _hash_start(file)
+        hasher, start = hash_start(file)
         if start > size:
             hasher, start = self._restart(file)
         while True:
@@ -175,7 +170,7 @@ class Blobs:
             with fetch(start) as source:
                 length = start + self._append(source, file, size - start, hasher, progress)
             if not start or hasher.hexdigest() == digest:
-                return _compare(hasher.hexdigest(), length, digest, size)
+                return compare(hasher.hexdigest(), length, digest, size)
             progress(-length)  # what had been left there was not the beginning of this blob
             hasher, start = self._restart(file)
 
@@ -216,6 +211,18 @@ class Blobs:
             self.keeper.take([digest])
             self.keeper.revive(digest)
 
+    def find(self, content: Path) -> Blob | None:
+        """The blob of the bytes in a file, if it is there and intact; nothing is written."""
+        with storage_errors("a blob cannot be looked for", self.error):
+            with self.files.open(content) as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                length = file.tell()
+            self._claim_name(digest)
+            if not self.intact(digest):
+                return None
+            self.settle([digest])
+        return Blob(digest, length, False)
+
     def settle(self, digests: Iterable[str]) -> None:
         """Make the names of blobs that are there durable: whoever put them may not have come to
         that yet."""
@@ -237,28 +244,3 @@ class Blobs:
         with self.files.open(Path(target.name)) as copied:
             found = hashlib.file_digest(copied, "sha256").hexdigest()
             return found, copied.tell()
-
-
-def _hash_start(file: BinaryIO) -> tuple[Hasher, int]:
-    """The hash and the length of what is in `file`; leaves it at its end."""
-    hasher = hashlib.sha256()
-    while data := file.read(CHUNK):
-        hasher.update(data)
-    return hasher, file.tell()
-
-
-def copy_hashed(files: Files, source: BinaryIO, target: BinaryIO) -> tuple[str, int]:
-    """Copy what is left of `source`; its sha256 and length."""
-    hasher, length = hashlib.sha256(), 0
-    while data := source.read(CHUNK):
-        hasher.update(data)
-        files.write(target, data)
-        length += len(data)
-    return hasher.hexdigest(), length
-
-
-def _compare(found: str, length: int, digest: str | None, size: int | None) -> None:
-    if size is not None and length != size:
-        raise DamagedError(f"a blob of {size} bytes arrived with {length}")
-    if digest is not None and found != digest:
-        raise DamagedError(f"blob {digest[:12]} arrived with other bytes, of digest {found[:12]}")

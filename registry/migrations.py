@@ -64,6 +64,7 @@ _SECOND = (
     # rowid: that of the manifest
     "CREATE VIRTUAL TABLE search USING fts5 (names, targets, notes, base, card)",
     "INSERT INTO search (search, rank) VALUES ('rank', 'bm25(10.0, 3.0, 3.0, 3.0, 1.0)')",
+    "CREATE INDEX files_size ON files (size)",
     *_ANEW,
 )
 

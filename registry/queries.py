@@ -146,6 +146,12 @@ def _hint(catalog: Catalog, ref: Ref) -> str | None:
     return f"did you mean {', '.join(near)}" if near else None
 
 
+def sizes(catalog: Catalog, wanted: Iterable[int]) -> set[int]:
+    """Those of `wanted` that a file of some version has."""
+    query = "SELECT DISTINCT size FROM files WHERE size IN (SELECT value FROM json_each(?))"
+    return {row["size"] for row in catalog.rows(query, [json.dumps(list(wanted))])}
+
+
 def attachments(catalog: Catalog, id: str) -> list[Attachment]:
     """Oldest first."""
     rows = catalog.rows(

@@ -44,7 +44,7 @@ class Registry(UpkeepSide):
         entries = [attaching.entry(key, data) for key, data in (attachments or {}).items()]
         self.home.create()
         with self.home.leases.session():
-            blobs = {path: self.home.blobs.put(content) for path, content in files.items()}
+            blobs = self._put(files)
             rows = [
                 FileEntry(path, blob.digest, blob.size, (roles or {}).get(path, "file"))
                 for path, blob in blobs.items()
@@ -61,6 +61,19 @@ class Registry(UpkeepSide):
                 found, created = commit.version(change, wanted, manifest.id, tags, entries)
         stored = sum(blob.size for blob in put if blob.new)
         return Added(found, manifest.id, created, manifest.size, stored)
+
+    def _put(self, files: Mapping[str, Path | bytes]) -> dict[str, Blob]:
+        """A file of a size that is here already may be here too: it is looked for before it is
+        copied."""
+        paths = {path: content for path, content in files.items() if isinstance(content, Path)}
+        sizes = {path: file.stat().st_size for path, file in paths.items() if file.is_file()}
+        known = self.home.read(lambda catalog: queries.sizes(catalog, sizes.values()))
+        found = {
+            path: self.home.blobs.find(paths[path]) for path, size in sizes.items() if size in known
+        }
+        return {
+            path: found.get(path) or self.home.blobs.put(content) for path, content in files.items()
+        }
 
     def attach(self, ref: str | Ref, kind: str, data: bytes, name: str = "") -> Attachment:
         """Add a fact about a version without changing it; the same again changes nothing.

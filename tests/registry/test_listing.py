@@ -175,3 +175,27 @@ def test_du_says_what_goes_when_a_name_goes(registry):
 def test_du_of_nothing(registry):
     found, disk = registry.usage()
     assert (found, disk.n_blobs, disk.size) == ([], 0, 0)
+
+
+def test_a_file_that_is_here_is_looked_for_not_copied(registry, tmp_path, faults):
+    path = tmp_path / "w"
+    path.write_bytes(b"large")
+    one = registry.add("a", {"w": path}, Meaning({}))
+    registry.home.files = registry.home.blobs.files = faults.Counting()
+    assert registry.add("a", {"w": path}, Meaning({})).created is False
+    assert registry.home.files.names.count("create") == 1  # the manifest
+    assert registry.home.blobs.find(path).digest == registry.manifest("a").files[0].digest
+    path.write_bytes(b"other")  # of the same size
+    assert registry.home.blobs.find(path) is None
+    assert registry.add("a", {"w": path}, Meaning({})).id != one.id
+
+
+def test_a_rotten_file_is_not_taken_for_one_that_is_here(registry, tmp_path):
+    path = tmp_path / "w"
+    path.write_bytes(b"large")
+    registry.add("a", {"w": path}, Meaning({}))
+    stored = registry.files("a")["w"]
+    stored.chmod(0o644), stored.write_bytes(b"lArge")
+    assert registry.home.blobs.find(path) is None
+    assert registry.add("b", {"w": path}, Meaning({})).new_bytes > 0
+    assert registry.files("a")["w"].read_bytes() == b"large"
