@@ -27,6 +27,8 @@ def read(reader: ConfigReader, names: Collection[str]) -> OftFields:
         reader.fault("oft_block_size", f"0 or not, as r is {'not ' if count else ''}0")
     terms = reader.count("num_cayley_neumann_terms", 5, MAX_TERMS)
     limit = reader.number("eps", 6e-5)
+    if limit < 0:
+        reader.fault("eps", "a number of 0 or more")
     series = reader.flag("use_cayley_neumann") or "use_cayley_neumann" not in reader.config
     reader.flag("fan_in_fan_out")  # checked only: the base's module type decides, as in PEFT
     fields = OftFields(

@@ -299,6 +299,7 @@ def test_a_tensor_that_is_missing_renamed_or_reshaped_is_named(
         ({"oft_block_size": 0}, "as r is 0"),
         ({"coft": "yes"}, "true or false"),
         ({"eps": "small"}, "a finite number"),
+        ({"eps": -1}, "0 or more"),
         ({"num_cayley_neumann_terms": 10**9}, "an integer from 1 to 1000"),
         ({"use_cayley_neumann": 1}, "true or false"),
         ({"block_share": "no"}, "true or false"),
