@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from adapterkit.registry.blobs import CHUNK, Progress
+from adapterkit.registry.blobs import Progress
 from adapterkit.registry.errors import AdapterError, DamagedError
 from adapterkit.registry.files import Files
+from adapterkit.registry.hashing import CHUNK
 
 VERSION = 1
 LOG, REMOTES = "log", "remotes.json"

@@ -7,8 +7,8 @@ import re
 from typing import Any
 
 from adapterkit.registry import queries
+from adapterkit.registry.change import Change
 from adapterkit.registry.errors import DamagedError, InvalidError
-from adapterkit.registry.home import Change
 from adapterkit.registry.metrics import parse_metrics
 from adapterkit.registry.records import Attachment, Version
 

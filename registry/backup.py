@@ -12,10 +12,11 @@ from pathlib import Path
 from adapterkit.registry import layout
 from adapterkit.registry.archive import LOG, REMOTES, Archive, Entry, Writer
 from adapterkit.registry.blobcheck import Need
-from adapterkit.registry.blobs import CHUNK, Progress
+from adapterkit.registry.blobs import Progress
 from adapterkit.registry.catalog import Catalog
 from adapterkit.registry.errors import ConflictError, DamagedError, InvalidError
 from adapterkit.registry.files import storage_errors
+from adapterkit.registry.hashing import CHUNK
 from adapterkit.registry.home import Home
 from adapterkit.registry.log import Log, Place
 from adapterkit.registry.needs import needs, unreadable

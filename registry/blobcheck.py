@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from adapterkit.registry import problems
-from adapterkit.registry.blobs import CHUNK, Blobs, Progress, Stamp
+from adapterkit.registry.blobs import Blobs, Progress, Stamp
+from adapterkit.registry.hashing import CHUNK
 from adapterkit.registry.problems import Problem
 
 _PAIR, _HEX = re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{64}")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from adapterkit.registry import attaching, queries
 from adapterkit.registry.blobs import Blob
+from adapterkit.registry.change import Change
 from adapterkit.registry.errors import ConflictError, InvalidError
-from adapterkit.registry.home import Change
 from adapterkit.registry.manifest import Manifest
 from adapterkit.registry.records import Attachment, Version
 from adapterkit.registry.refs import LATEST, Ref, check_tag

@@ -5,9 +5,9 @@ from __future__ import annotations
 import uuid
 from pathlib import Path
 
-from adapterkit.registry.blobs import copy_hashed
 from adapterkit.registry.errors import ConflictError, DamagedError
 from adapterkit.registry.files import storage_errors
+from adapterkit.registry.hashing import copy_hashed
 from adapterkit.registry.home import Home
 from adapterkit.registry.manifest import Manifest
 

@@ -13,8 +13,9 @@ from datetime import UTC, datetime, timedelta
 from adapterkit.registry import blobcheck, leases
 from adapterkit.registry.blobs import Stamp
 from adapterkit.registry.catalog import Catalog
+from adapterkit.registry.change import Change
 from adapterkit.registry.errors import DamagedError
-from adapterkit.registry.home import Change, Home
+from adapterkit.registry.home import Home
 from adapterkit.registry.needs import needs, removed_since, unreadable
 from adapterkit.registry.trash import Thrown
 

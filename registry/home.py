@@ -5,65 +5,29 @@ from __future__ import annotations
 import sqlite3
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from adapterkit.registry import layout
 from adapterkit.registry.blobs import Blobs, Stamp
 from adapterkit.registry.catalog import Catalog, delete
-from adapterkit.registry.clock import author, now
-from adapterkit.registry.errors import (
-    AdapterError,
-    AdapterWarning,
-    ConflictError,
-)
+from adapterkit.registry.change import Change
+from adapterkit.registry.errors import AdapterError, AdapterWarning
 from adapterkit.registry.files import Files, storage_errors
 from adapterkit.registry.leases import Leases
 from adapterkit.registry.locking import Locking
-from adapterkit.registry.log import Log, Place, Record, make_record
+from adapterkit.registry.log import Log
 from adapterkit.registry.trash import Trash
 
 # Errors of a catalog that is broken, not of one that is busy or on a full disk.
 _BROKEN = ("SQLITE_CORRUPT", "SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CONSTRAINT")
 # ValueError: text, also that of SQLite's own messages, that is no UTF-8 or no JSON any more.
 _UNUSABLE = (sqlite3.DatabaseError, ValueError)
-
 _HINT = "free some space; the catalog can be deleted, and is made again from the log"
 
 T = TypeVar("T")
-
-
-class Change:
-    """One write: preconditions are checked in `catalog`, then `append` commits."""
-
-    def __init__(self, home: Home) -> None:
-        self.home, self.catalog = home, home.catalog
-        self.place: Place = home.catalog.place()
-        self.committed = False
-        self.stale: sqlite3.Error | None = None
-
-    def append(self, kind: str, payload: Mapping[str, Any]) -> Record:
-        """The record is durable on return: the change has happened, whatever comes after."""
-        record = make_record(self.place, kind, payload, now(), author())
-        self.place = self.home.log.append(record, self.place)
-        self.committed = True
-        try:
-            self.catalog.apply(record, self.place, self.home.blobs.read)
-        except sqlite3.Error as error:
-            self.stale = error
-        return record
-
-    def require(self, digests: Iterable[str]) -> None:
-        """That blobs are there, before a record speaks of them: gc, which works under the same
-        lock, may have taken one away since."""
-        blobs, trash = self.home.blobs, self.home.trash
-        for digest in digests:
-            if blobs.stamp(digest) is None and not trash.revive(digest):
-                raise ConflictError(
-                    f"blob {digest[:12]} was taken away before it was recorded", hint="try again"
-                )
 
 
 class Home:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from adapterkit.registry import commit, moves, queries
+from adapterkit.registry.change import Change
 from adapterkit.registry.errors import ConflictError, InvalidError, NotFoundError
-from adapterkit.registry.home import Change
 from adapterkit.registry.reading import ReadingSide, as_ref, bare_name
 from adapterkit.registry.records import TagMove, Version
 from adapterkit.registry.refs import Ref
