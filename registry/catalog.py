@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from sqlite_utils import Database
 
 BUSY_SECONDS = 60
+# In KiB, used when needed: ids lie everywhere, so that making a large catalog touches all pages.
+CACHE = -256 * 1024
 
 
 class Catalog:
@@ -47,7 +49,8 @@ class Catalog:
         have = self._number("PRAGMA user_version")
         if have > len(STEPS):
             raise sqlite3.DatabaseError(f"the catalog has schema {have}, newer than {len(STEPS)}")
-        for setting in (f"journal_mode = {journal}", "synchronous = FULL"):
+        settings = (f"journal_mode = {journal}", "synchronous = FULL", f"cache_size = {CACHE}")
+        for setting in settings:
             self.db.execute(f"PRAGMA {setting}").fetchall()
         if have < len(STEPS):
             with self.transaction():
