@@ -105,7 +105,11 @@ class Shared:
         """As the module computes: its device, its dtype."""
         place = _device(live), self._dtype or format_of(live).compute_dtype(live) or torch.float32
         if place not in self._placed:
-            self._placed[place] = {role: t.to(*place) for role, t in self._tensors.items()}
+            made = {role: tensor.to(*place) for role, tensor in self._tensors.items()}
+            if not all(torch.isfinite(tensor).all() for tensor in made.values()):
+                # float32 where half precision would overflow, as for factors of one module
+                made = {role: tensor.to(place[0]) for role, tensor in self._tensors.items()}
+            self._placed[place] = made
         return self._placed[place]
 
 

@@ -17,7 +17,7 @@ def read(reader: ConfigReader, names: Collection[str]) -> PlainFields:
 
 
 LN_TUNING = PeftType(
-    kind="norms",
+    kind="ln_tuning",
     endings={
         ".ln_tuning_layers.weight": "replace.weight",
         ".ln_tuning_layers.bias": "replace.bias",

@@ -19,7 +19,7 @@ KINDS = {
     "beft": "adapterkit.hub.kinds.beft:Beft",
     "loha": "adapterkit.hub.kinds.loha:Loha",
     "lokr": "adapterkit.hub.kinds.lokr:Lokr",
-    "norms": "adapterkit.hub.kinds.norms:Norms",
+    "ln_tuning": "adapterkit.hub.kinds.ln_tuning:LnTuning",
     "vera": "adapterkit.hub.kinds.vera:Vera",
     "trainable_tokens": "adapterkit.hub.kinds.trainable_tokens:TrainableTokens",
 }

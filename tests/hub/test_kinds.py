@@ -282,15 +282,29 @@ def test_norms_of_a_quantized_base_are_replaced(
         assert torch.equal(layer(x), plain)
 
 
-def test_the_projections_of_vera_are_stored_once(model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_projections_of_vera_are_stored_once(
+    model: Any, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
     folder = write(model, tmp_path / "a", "vera", 4, 0)
-    with attach(model, {"a": folder}) as adapters:
+    with attach(model, {"a": folder}, dtype=dtype) as adapters:
         plans = [patch.plan for patch in adapters._patches.values()]
         sums = [plan.sums for plan in plans if plan is not None]
         assert len(sums) == len(linears(model)) > 1
         for factor in ("A", "B"):
             held = {getattr(each, factor).untyped_storage().data_ptr() for each in sums}
             assert len(held) == 1
+            assert {getattr(each, factor).dtype for each in sums} == {dtype or torch.float32}
+
+
+def test_projections_too_large_for_half_precision_stay_float32(model: Any, tmp_path: Path) -> None:
+    folder = write(model, tmp_path / "a", "vera", 4, 0)
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.vera_A"] *= 1e6
+    save_file(tensors, path)
+    with torch.no_grad(), attach(model, {"a": folder}, dtype=torch.float16):
+        assert torch.isfinite(model(torch.arange(5)[None]).logits).all()
 
 
 def test_what_pruning_left_nothing_of_changes_nothing(model: Any, tmp_path: Path) -> None:

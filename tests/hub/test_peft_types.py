@@ -13,6 +13,7 @@ import transformers
 
 from adapterkit.hub import attach, describe
 from adapterkit.hub.bases.base import Base
+from adapterkit.hub.diff import diff
 from adapterkit.hub.findings import ERROR
 from adapterkit.hub.fit import fit
 from adapterkit.hub.formats.peft_config import COMMON
@@ -82,6 +83,17 @@ def test_a_description_says_the_variant_and_its_ranks(
 ) -> None:
     info = describe(fixtures / "cases" / case / "adapter")
     assert (info.variant, dict(info.ranks)) == (variant, ranks)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [MOSLORA, ADALORA, VERA, "llama.loha", "llama.lokr_full", "gpt2.ln_tuning", "qwen2.beft"],
+)
+def test_a_kind_without_factors_in_its_file_can_be_compared_too(fixtures: Path, case: str) -> None:
+    folder = fixtures / "cases" / case / "adapter"
+    found = diff(folder, folder)
+    assert found.modules and not found.config
+    assert all(module.distance in (0, None) for module in found.modules)
 
 
 def test_patterns_of_moslora_are_looked_up_jointly(make: Make) -> None:

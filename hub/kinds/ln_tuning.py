@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WEIGHT, BIAS = "replace.weight", "replace.bias"
 
 
-class Norms:
+class LnTuning:
     def summary(self, adapter: Adapter) -> Summary:
         return Summary("LN tuning")
 
