@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adapterkit.registry.filters import Condition, Filter
     from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
     from adapterkit.registry.metrics import parse_metrics
+    from adapterkit.registry.problems import Health, Problem
     from adapterkit.registry.records import (
         Added,
         Attachment,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         split_weight,
     )
     from adapterkit.registry.registry import Registry
+    from adapterkit.registry.retention import Retention
     from adapterkit.registry.urls import Url, parse_url
 
 _PLACES = {
@@ -59,6 +61,7 @@ _PLACES = {
     "Facts": "records",
     "FileEntry": "manifest",
     "Filter": "filters",
+    "Health": "problems",
     "InvalidError": "errors",
     "Lineage": "records",
     "Manifest": "manifest",
@@ -66,10 +69,12 @@ _PLACES = {
     "MismatchError": "errors",
     "NotFoundError": "errors",
     "PathSource": "refs",
+    "Problem": "problems",
     "ProtocolError": "errors",
     "Ref": "refs",
     "Registry": "registry",
     "RemoteError": "errors",
+    "Retention": "retention",
     "TagMove": "records",
     "UnreachableError": "errors",
     "Url": "urls",
@@ -96,6 +101,7 @@ __all__ = [
     "Facts",
     "FileEntry",
     "Filter",
+    "Health",
     "InvalidError",
     "Lineage",
     "Manifest",
@@ -103,10 +109,12 @@ __all__ = [
     "MismatchError",
     "NotFoundError",
     "PathSource",
+    "Problem",
     "ProtocolError",
     "Ref",
     "Registry",
     "RemoteError",
+    "Retention",
     "TagMove",
     "UnreachableError",
     "Url",
