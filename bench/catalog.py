@@ -38,6 +38,7 @@ QUESTIONS = {
     "search": ["search", "word7", "word77"],
     "tag": ["tag", f"{ONE}@1.0", "run-{}"],  # another word each time
 }
+BARRED = {"list", "show", "search", "tag"}
 MOST_SECONDS, MOST_ADD, MOST_REBUILD = 0.3, 2.0, 60.0
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -164,8 +165,9 @@ def main(versions: int, runs: int, kept: Path | None = None) -> int:
         for what, question in QUESTIONS.items():
             ours, least = partial(ask, large, question), partial(ask, small, question)
             times = alternate(ours, least, runs)
-            bar = f"difference < {MOST_SECONDS} s"
-            good &= row(f"`adapter {what}`", *times, bar, times[0] - times[1] < MOST_SECONDS)
+            bar = f"difference < {MOST_SECONDS} s" if what in BARRED else "none"
+            reached = times[0] - times[1] < MOST_SECONDS or what not in BARRED
+            good &= row(f"`adapter {what}`", *times, bar, reached)
         times = alternate(partial(add, large), partial(add, empty), runs)
         good &= row("add of 1 MiB", *times, f"< {MOST_ADD:.0f}x", times[0] < MOST_ADD * times[1])
         print(f"\nThe rebuild computed for {work:.1f} s; the rest it waited for the machine.")
