@@ -89,6 +89,8 @@ def alternate(commands: dict[str, list[str]], runs: int) -> dict[str, tuple[floa
 
 
 def main(runs: int) -> int:
+    # an installed program has its bytecode, as PEFT has
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
         os.environ |= {"ADAPTERKIT_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1"}

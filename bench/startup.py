@@ -41,6 +41,8 @@ def compare(command: list[str], yardstick: list[str], runs: int) -> tuple[float,
 
 
 def main(runs: int) -> int:
+    # an installed program has its bytecode, as the yardsticks' modules have
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     with tempfile.TemporaryDirectory() as home:
         os.environ["ADAPTERKIT_HOME"] = home
         for number, name in enumerate("abcde"):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adapterkit.registry import attaching, backup, commit, queries
-from adapterkit.registry.backup import Copied
+from adapterkit.registry import attaching, commit, queries
 from adapterkit.registry.blobs import Blob, Content, Fetch, Progress
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
@@ -15,6 +15,9 @@ from adapterkit.registry.records import Added, Attachment
 from adapterkit.registry.refs import Ref
 from adapterkit.registry.upkeep import UpkeepSide
 from adapterkit.registry.versions import normal
+
+if TYPE_CHECKING:
+    from adapterkit.registry.backup import Copied
 
 
 class Registry(UpkeepSide):
@@ -95,10 +98,14 @@ class Registry(UpkeepSide):
 
         Raises DamagedError when something has rotted; then there is no file.
         """
+        from adapterkit.registry import backup
+
         return backup.backup(self.home, path, progress)
 
     def restore(self, path: Path, progress: Progress = lambda size: None) -> Copied:
         """Make this registry, which must be empty, what `path` holds, all or nothing."""
+        from adapterkit.registry import backup
+
         return backup.restore(self.home, path, progress)
 
     def put_blob(self, content: Content, digest: str, size: int | None = None) -> Blob:
