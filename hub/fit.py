@@ -47,7 +47,7 @@ def fit(adapter: Adapter, base: Base) -> list[Finding]:
         if expected is None:
             if "unexpected-tensor" not in named[stored.key]:
                 findings.append(_unexpected(adapter, base, (module, role), stored, last))
-        elif not module and expected.shape != stored.shape:
+        elif module not in base.modules and expected.shape != stored.shape:
             findings += [] if named[stored.key] else [_misshaped(stored, expected)]
         elif expected.shape != stored.shape and not (
             _is_said(named[stored.key], role, stored, expected)

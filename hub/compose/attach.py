@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import nn
@@ -17,11 +18,11 @@ from adapterkit.hub.compose.admit import Options, admit, refined
 from adapterkit.hub.compose.lowering import Bound, Lowered, lower
 from adapterkit.hub.compose.model import describe_model
 from adapterkit.hub.compose.origin import Origin
+from adapterkit.hub.compose.parts import Make, Part
 from adapterkit.hub.compose.patch import Patch
-from adapterkit.hub.compose.plan import Weighted
+from adapterkit.hub.compose.updates import Updates
 from adapterkit.hub.findings import clean
 from adapterkit.hub.locate import Source, locate
-from adapterkit.hub.primitives import Gain
 from adapterkit.hub.sources import Folder
 from adapterkit.registry.errors import (
     ConflictError,
@@ -31,6 +32,28 @@ from adapterkit.registry.errors import (
 
 # The handle lies on the model itself: whoever drops the model drops its adapters.
 HANDLE = "adapterkit_adapters"
+# One for each class of primitives, from the outside in.
+PARTS: tuple[Make, ...] = (Updates,)
+
+
+@dataclass(frozen=True)
+class Report(Sequence[Bound]):
+    """One adapter on the model. bound: a row for each tensor of its file; size: bytes it holds."""
+
+    bound: tuple[Bound, ...]
+    size: int
+
+    @overload
+    def __getitem__(self, index: int) -> Bound: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Bound, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Bound | tuple[Bound, ...]:
+        return self.bound[index]
+
+    def __len__(self) -> int:
+        return len(self.bound)
 
 
 class Adapters:
@@ -40,7 +63,7 @@ class Adapters:
         self._model, self._base, self._options = model, base, options
         self._modules = dict(model.named_modules())
         self._lowered: dict[str, Lowered] = {}
-        self._patches: dict[str, Patch] = {}
+        self._parts: list[Part] = [make(model, base, options.dialect) for make in PARTS]
         self._active: dict[str, float] = {}
         self._origin = Origin(base.name)
         self._own_heads: set[str] = set()  # that only adapters have: random until one is active
@@ -56,9 +79,9 @@ class Adapters:
         return MappingProxyType(self._active)
 
     @property
-    def report(self) -> Mapping[str, tuple[Bound, ...]]:
-        """For each adapter, every tensor of its file and what it was bound to."""
-        return {name: lowered.bound for name, lowered in self._lowered.items()}
+    def report(self) -> Mapping[str, Report]:
+        """For each adapter, every tensor of its file and what it was bound to, and its bytes."""
+        return {name: Report(found.bound, found.size) for name, found in self._lowered.items()}
 
     def add(self, name: str, source: Source) -> None:
         """Attaches one more, inactive. Raises ConflictError if the name is taken, MismatchError
@@ -91,27 +114,15 @@ class Adapters:
         weighing.require_usable(given, self._lowered, self._options.dialect)
         weighing.require_whole(given, self._lowered, self._own_heads)
         active = {name: float(weight) for name, weight in given.items() if weight != 0}
-        updates: dict[str, list[Weighted]] = {}
-        for name, weight in active.items():
-            for module, primitives in self._lowered[name].updates.items():
-                updates.setdefault(module, []).extend(Weighted(weight, p) for p in primitives)
-        for module in updates.keys() - self._patches.keys():
-            self._patches[module] = Patch(self._modules[module])
-        sequential = self._options.dialect == "peft"
-        sum_gains = sequential and _has_weighted_gains(updates)
-        plans = {
-            module: patch.fold(updates.get(module, ()), sequential=sequential, sum_gains=sum_gains)
-            for module, patch in self._patches.items()
-        }
-        for module, plan in plans.items():  # nothing above can leave half of it active
-            self._patches[module].plan = plan
+        switches = [part.plan(active, self._lowered) for part in self._parts]
+        for switch in switches:  # nothing above can leave half of it active
+            switch()
         self._active = active
 
     def detach(self) -> None:
         """The base again, bit for bit; this object is empty afterwards."""
-        for patch in reversed(self._patches.values()):
-            patch.remove()
-        self._patches.clear()
+        for part in reversed(self._parts):
+            part.remove()
         self._lowered.clear()
         self._active = {}
         if vars(self._model).get(HANDLE) is self:
@@ -136,15 +147,6 @@ class Adapters:
         if unknown:
             held = ", ".join(self._lowered) or "nothing"
             raise NotFoundError(f"no adapter is attached as {', '.join(unknown)}; attached: {held}")
-
-
-def _has_weighted_gains(updates: Mapping[str, Sequence[Weighted]]) -> bool:
-    """PEFT multiplies the gains it activates, and sums those it gives weights."""
-    return any(
-        update.weight != 1 and isinstance(update.primitive, Gain)
-        for made in updates.values()
-        for update in made
-    )
 
 
 def attach(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from adapterkit.hub.compose.model import weights_of
 from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.findings import clean
 from adapterkit.hub.kinds import kind
+from adapterkit.hub.kinds.base import Whole
 from adapterkit.hub.primitives import DenseDelta, InputRotation, LowRank, Primitive
 from adapterkit.hub.quant import format_of
 from adapterkit.hub.tensors import read_tensor
@@ -35,10 +37,18 @@ class Bound:
 
 @dataclass(frozen=True)
 class Lowered:
-    """updates: module path -> primitives, in order. bound: one entry for each tensor."""
+    """updates: module path -> primitives, in order; "" is the model itself. bound: one entry for
+    each tensor."""
 
     updates: Mapping[str, tuple[Primitive, ...]]
     bound: tuple[Bound, ...]
+
+    @cached_property
+    def size(self) -> int:
+        """Bytes that its primitives hold, whatever they share counted once."""
+        held = (value for made in self.updates.values() for p in made for value in _tensors(p))
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
+        return sum(storages.values())
 
 
 @dataclass(frozen=True)
@@ -74,16 +84,19 @@ class LiveSite:
             return bnb4.requantized(self.live, dense)
 
 
-class Used(dict[str, Tensor]):
-    """Tensors by role that remember which of them were taken."""
+K = TypeVar("K")
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+
+class Used(dict[K, Tensor]):
+    """Tensors by role, or by place, that remember which of them were taken."""
+
+    def __init__(self, tensors: Mapping[K, Tensor]) -> None:
         super().__init__(tensors)
-        self.taken: set[str] = set()
+        self.taken: set[K] = set()
 
-    def __getitem__(self, role: str) -> Tensor:
-        self.taken.add(role)
-        return super().__getitem__(role)
+    def __getitem__(self, key: K) -> Tensor:
+        self.taken.add(key)
+        return super().__getitem__(key)
 
 
 class Shared:
@@ -121,29 +134,69 @@ def lower(
     dtype: of the factors; None is each module's own compute dtype. Raises DamagedError naming
     every tensor that is not finite, and MismatchError if a tensor would be left out.
     """
-    origin = Origin(base.name)
-    updates: dict[str, list[Primitive]] = {}
-    bound: list[Bound] = []
+    made = kind(adapter.kind)
     tensors = _read(adapter)
+    whole: dict[tuple[str, str], Tensor] = {}
+    if isinstance(made, Whole):
+        whole = {place: t for place, t in tensors.items() if place[0] not in base.modules}
+    own = {place: tensor for place, tensor in tensors.items() if place not in whole}
+    found = list(_by_module(adapter, base, modules, own, dtype))
+    if isinstance(made, Whole) and whole:
+        found.append(_whole(adapter, made, base, whole))
+    updates: dict[str, list[Primitive]] = {}
+    for primitives, _ in found:
+        for target, primitive in primitives:
+            updates.setdefault(target, []).append(_placed(primitive, modules[target], dtype))
+    bound = [row for _, rows in found for row in rows]
+    if not isinstance(made, Whole):
+        bound += [Bound(item.key, "", role, "LowRank") for role, item in adapter.shared.items()]
+    return Lowered({name: tuple(each) for name, each in updates.items()}, tuple(bound))
+
+
+Made = tuple[list[tuple[str, Primitive]], list[Bound]]
+
+
+def _by_module(
+    adapter: Adapter,
+    base: Base,
+    modules: Mapping[str, nn.Module],
+    tensors: Mapping[tuple[str, str], Tensor],
+    dtype: torch.dtype | None,
+) -> Iterator[Made]:
+    """Primitives and report of each module of the base that the file has tensors for."""
+    origin = Origin(base.name)
     shared = Shared(adapter, base, tensors, dtype)
     for name, stored in adapter.modules.items():
+        if name not in base.modules:
+            continue
         live = modules[name]
         site = LiveSite(base.modules[name], base, adapter, live, origin, shared.on(live))
         given = {role: tensors[name, role].to(_device(live)) for role in stored}
         roles, copies = _without_copies(given, live)
         used = Used(roles)
         made = list(kind(adapter.kind).lower(adapter.fields, site, used))
-        left = [stored[role].key for role in roles if role not in used.taken]
-        if left:
-            raise MismatchError(f"{adapter.name}: nothing applies {', '.join(map(clean, left))}")
-        for target, primitive in made:
-            updates.setdefault(target, []).append(_placed(primitive, modules[target], dtype))
+        _require_all(adapter, (stored[role].key for role in roles if role not in used.taken))
         names = "+".join(dict.fromkeys(type(primitive).__name__ for _, primitive in made))
-        bound += [
+        yield made, [
             Bound(item.key, name, role, _fate(role, copies, names)) for role, item in stored.items()
         ]
-    bound += [Bound(item.key, "", role, "LowRank") for role, item in adapter.shared.items()]
-    return Lowered({name: tuple(made) for name, made in updates.items()}, tuple(bound))
+
+
+def _whole(
+    adapter: Adapter, made: Whole, base: Base, tensors: Mapping[tuple[str, str], Tensor]
+) -> Made:
+    """The same for what belongs to places of layers and to the model as a whole."""
+    used = Used(tensors)
+    primitives = list(made.lower_whole(adapter.fields, base, used))
+    _require_all(adapter, (adapter.tensors[place].key for place in used if place not in used.taken))
+    names = "+".join(dict.fromkeys(type(primitive).__name__ for _, primitive in primitives))
+    bound = [Bound(adapter.tensors[place].key, *place, names) for place in tensors]
+    return primitives, bound
+
+
+def _require_all(adapter: Adapter, left: Iterable[str]) -> None:
+    if shown := ", ".join(map(clean, left)):
+        raise MismatchError(f"{adapter.name}: nothing applies {shown}")
 
 
 def _read(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
@@ -179,7 +232,16 @@ def _fate(role: str, copies: set[str], primitives: str) -> str:
 
 
 def _device(module: nn.Module) -> torch.device:
-    return next((p.device for p in module.parameters(recurse=False)), torch.device("cpu"))
+    """Of its own parameters, else of those inside it."""
+    for recurse in (False, True):
+        for parameter in module.parameters(recurse=recurse):
+            return parameter.device
+    return torch.device("cpu")
+
+
+def _tensors(primitive: Primitive) -> list[Tensor]:
+    held = (getattr(primitive, field.name) for field in fields(primitive))
+    return [value for value in held if isinstance(value, Tensor)]
 
 
 def _without_copies(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.bases.base import Module
+from adapterkit.hub.bases.base import Base, Module
 from adapterkit.hub.findings import Finding
 from adapterkit.hub.primitives import Primitive
 
@@ -83,5 +83,21 @@ class Kind(Protocol):
         """Primitives for one module of the file, each with the module it acts on.
 
         p: the adapter's tensors of this module by role, float32.
+        """
+        ...
+
+
+@runtime_checkable
+class Whole(Protocol):
+    """What a kind offers besides when some of its tensors belong to no module with a weight: to a
+    place in a layer, or to the model as a whole."""
+
+    def lower_whole(
+        self, fields: Any, base: Base, p: Mapping[tuple[str, str], Tensor]
+    ) -> Lowered:
+        """Primitives for all such tensors together, each with the module it acts on, "" for the
+        model itself.
+
+        p: tensors by (path, role), float32; the path of one that belongs to all is "".
         """
         ...

@@ -1,0 +1,60 @@
+"""Additive updates and gains: what acts on single modules that have a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
+
+from adapterkit.hub.bases.base import Base
+from adapterkit.hub.compose.lowering import Lowered
+from adapterkit.hub.compose.patch import Patch
+from adapterkit.hub.compose.plan import Plan, Weighted
+from adapterkit.hub.primitives import Additive, Gain
+
+
+class Updates:
+    """Swapped forwards of the modules that anything was ever active on."""
+
+    def __init__(self, model: nn.Module, base: Base, dialect: str) -> None:
+        self._modules = dict(model.named_modules())
+        self._sequential = dialect == "peft"
+        self._patches: dict[str, Patch] = {}
+
+    def plan(
+        self, active: Mapping[str, float], lowered: Mapping[str, Lowered]
+    ) -> Callable[[], None]:
+        updates: dict[str, list[Weighted]] = {}
+        for name, weight in active.items():
+            for module, primitives in lowered[name].updates.items():
+                mine = [Weighted(weight, p) for p in primitives if isinstance(p, Additive | Gain)]
+                if mine:
+                    updates.setdefault(module, []).extend(mine)
+        for module in updates.keys() - self._patches.keys():
+            self._patches[module] = Patch(self._modules[module])
+        sum_gains = self._sequential and _has_weighted_gains(updates)
+        plans = {
+            module: patch.fold(
+                updates.get(module, ()), sequential=self._sequential, sum_gains=sum_gains
+            )
+            for module, patch in self._patches.items()
+        }
+        return lambda: self._switch(plans)
+
+    def _switch(self, plans: Mapping[str, Plan | None]) -> None:
+        for module, plan in plans.items():
+            self._patches[module].plan = plan
+
+    def remove(self) -> None:
+        for patch in reversed(self._patches.values()):
+            patch.remove()
+        self._patches.clear()
+
+
+def _has_weighted_gains(updates: Mapping[str, Sequence[Weighted]]) -> bool:
+    """PEFT multiplies the gains it activates, and sums those it gives weights."""
+    return any(
+        update.weight != 1 and isinstance(update.primitive, Gain)
+        for made in updates.values()
+        for update in made
+    )
