@@ -66,7 +66,7 @@ def read_header(source: ByteSource) -> Header:
     """The header of a safetensors file. Raises DamagedError naming the file and every fault."""
     name = clean(source.name)
     prefix = source.read(0, min(source.size, 64))
-    _refuse_other_formats(prefix, name, source.size)
+    refuse_other_formats(prefix, name, source.size)
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER or length < 2:
         raise DamagedError(
@@ -89,7 +89,7 @@ def read_header(source: ByteSource) -> Header:
     return Header(tensors, metadata)
 
 
-def _refuse_other_formats(prefix: bytes, name: str, size: int) -> None:
+def refuse_other_formats(prefix: bytes, name: str, size: int) -> None:
     start = prefix.lstrip().lower()
     if size == 0:
         raise DamagedError(f"{name} is empty: 0 bytes")

@@ -17,7 +17,8 @@ BELOW = {
 # Steps inside hub, lowest first; a file stands on the first step that names it or its folder.
 STEPS = {
     "plain": {
-        "findings", "headers", "sources", "adapter", "fields", "matching",
+        "findings", "headers", "sources", "adapter", "fields", "matching", "pickled", "storedzip",
+        "torchfile",
         "bases/base", "bases/packed", "bases/values",
     },
     "maths": {"primitives", "tensors", "kinds", "quant"},
