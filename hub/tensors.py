@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.findings import clean
 from adapterkit.hub.headers import Stored
+from adapterkit.registry.errors import DamagedError
 
 DTYPES = {
     "F64": torch.float64,
@@ -27,3 +32,29 @@ def read_tensor(stored: Stored) -> Tensor:
     if not data:
         return torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
     return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+def read_finite(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
+    """All tensors, float32. DamagedError names each that is not finite, or too large for that."""
+    tensors = {place: read_tensor(stored) for place, stored in adapter.tensors.items()}
+    tensors = {place: tensor.float() for place, tensor in tensors.items()}
+    broken = [
+        adapter.tensors[place].key
+        for place, tensor in tensors.items()
+        if not torch.isfinite(tensor).all()
+    ]
+    if broken:
+        shown = ", ".join(map(clean, broken[:10]))
+        raise DamagedError(f"{adapter.name} holds NaN or Inf values, not finite, in {shown}")
+    _require_equal_copies(adapter, tensors)
+    return tensors
+
+
+def _require_equal_copies(adapter: Adapter, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+    """What PEFT's wrapper repeats of a saved module must be that module's tensor."""
+    for (module, role), tensor in tensors.items():
+        parameter = role.removeprefix("wrapper.modules_to_save.")
+        saved = tensors.get((module, f"replace.{parameter}"))
+        if parameter != role and (saved is None or not torch.equal(saved, tensor)):
+            key = clean(adapter.tensors[module, role].key)
+            raise DamagedError(f"{adapter.name}: {key} differs from the saved module it repeats")

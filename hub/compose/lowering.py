@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,11 @@ from adapterkit.hub.compose.model import weights_of
 from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.findings import clean
 from adapterkit.hub.kinds import kind
-from adapterkit.hub.kinds.base import Whole
+from adapterkit.hub.kinds.base import Used, Whole
 from adapterkit.hub.primitives import DenseDelta, InputRotation, LowRank, Primitive
 from adapterkit.hub.quant import format_of
-from adapterkit.hub.tensors import read_tensor
-from adapterkit.registry.errors import DamagedError, MismatchError
+from adapterkit.hub.tensors import read_finite
+from adapterkit.registry.errors import MismatchError
 
 
 @dataclass(frozen=True)
@@ -84,21 +84,6 @@ class LiveSite:
             return bnb4.requantized(self.live, dense)
 
 
-K = TypeVar("K")
-
-
-class Used(dict[K, Tensor]):
-    """Tensors by role, or by place, that remember which of them were taken."""
-
-    def __init__(self, tensors: Mapping[K, Tensor]) -> None:
-        super().__init__(tensors)
-        self.taken: set[K] = set()
-
-    def __getitem__(self, key: K) -> Tensor:
-        self.taken.add(key)
-        return super().__getitem__(key)
-
-
 class Shared:
     """The adapter's tensors for all modules: once for each device and dtype, whoever uses them."""
 
@@ -135,7 +120,7 @@ def lower(
     every tensor that is not finite, and MismatchError if a tensor would be left out.
     """
     made = kind(adapter.kind)
-    tensors = _read(adapter)
+    tensors = read_finite(adapter)
     whole: dict[tuple[str, str], Tensor] = {}
     if isinstance(made, Whole):
         whole = {place: t for place, t in tensors.items() if place[0] not in base.modules}
@@ -197,32 +182,6 @@ def _whole(
 def _require_all(adapter: Adapter, left: Iterable[str]) -> None:
     if shown := ", ".join(map(clean, left)):
         raise MismatchError(f"{adapter.name}: nothing applies {shown}")
-
-
-def _read(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
-    """All tensors, float32. DamagedError names each that is not finite, or too large for that."""
-    tensors = {place: read_tensor(stored) for place, stored in adapter.tensors.items()}
-    tensors = {place: tensor.float() for place, tensor in tensors.items()}
-    broken = [
-        adapter.tensors[place].key
-        for place, tensor in tensors.items()
-        if not torch.isfinite(tensor).all()
-    ]
-    if broken:
-        shown = ", ".join(map(clean, broken[:10]))
-        raise DamagedError(f"{adapter.name} holds NaN or Inf values, not finite, in {shown}")
-    _require_equal_copies(adapter, tensors)
-    return tensors
-
-
-def _require_equal_copies(adapter: Adapter, tensors: Mapping[tuple[str, str], Tensor]) -> None:
-    """What PEFT's wrapper repeats of a saved module must be that module's tensor."""
-    for (module, role), tensor in tensors.items():
-        parameter = role.removeprefix("wrapper.modules_to_save.")
-        saved = tensors.get((module, f"replace.{parameter}"))
-        if parameter != role and (saved is None or not torch.equal(saved, tensor)):
-            key = clean(adapter.tensors[module, role].key)
-            raise DamagedError(f"{adapter.name}: {key} differs from the saved module it repeats")
 
 
 def _fate(role: str, copies: set[str], primitives: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base, Module
@@ -66,6 +66,19 @@ class Summary:
 
 
 Lowered = Iterator[tuple[str, Primitive]]
+K = TypeVar("K")
+
+
+class Used(dict[K, "Tensor"]):
+    """Tensors by role, or by place, that remember which of them were taken."""
+
+    def __init__(self, tensors: Mapping[K, Tensor]) -> None:
+        super().__init__(tensors)
+        self.taken: set[K] = set()
+
+    def __getitem__(self, key: K) -> Tensor:
+        self.taken.add(key)
+        return super().__getitem__(key)
 
 
 class Kind(Protocol):
