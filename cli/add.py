@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli import hints as hinted
 from adapterkit.cli.app import App, pass_app
 from adapterkit.cli.output import emit, finding_record, note, say, size
 from adapterkit.cli.progress import progress
@@ -40,12 +41,13 @@ if TYPE_CHECKING:
     "--allow-field", "allow_fields", metavar="NAME", multiple=True,
     help="Accept this config field although its meaning is unknown. Repeatable.",
 )  # fmt: skip
+@hinted.option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pass_app
 def command(
     app: App, path: Path, name: str, as_json: bool, base: str | None, weights: bool,
     trained_on: str | None, tags: tuple[str, ...], metrics: tuple[str, ...], text: str | None,
-    include: tuple[str, ...], allow_fields: tuple[str, ...],
+    include: tuple[str, ...], allow_fields: tuple[str, ...], hints: dict[str, Any],
 ) -> None:  # fmt: skip
     """Store an adapter folder as a new version of NAME.
 
@@ -54,13 +56,14 @@ def command(
     is stored already is not stored again.
     """
     from adapterkit.hub import ingest
+    from adapterkit.hub.locate import folder
 
     ref = Ref.parse(name)
     if ref.tag or ref.digest:
         raise InvalidError(f"{name} names a tag or a digest, expected NAME or NAME@VERSION")
     with progress(app, "Adding") as report:
         done = ingest.add(
-            app.registry, path, ref.full_name, version=ref.version, base=base,
+            app.registry, folder(path, **hints), ref.full_name, version=ref.version, base=base,
             trained_on=trained_on, weights=weights, tags=tags, note=text,
             metrics=dict(map(metric, metrics)), include=include, allow_fields=allow_fields,
             cache=app.cache, progress=report,

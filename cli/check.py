@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli import hints as hinted
 from adapterkit.cli.app import App, pass_app
 from adapterkit.cli.output import count, emit, finding_record, say
 from adapterkit.hub.findings import ERROR, INFO, UNKNOWN, Finding, Report
@@ -14,6 +15,7 @@ from adapterkit.registry.errors import AdapterError, NotFoundError
 
 if TYPE_CHECKING:
     from adapterkit.hub.bases.base import Base
+    from adapterkit.hub.locate import Source
 
 # Findings of one adapter that are printed; a wrong base has one for each of its tensors.
 MOST = 40
@@ -42,6 +44,7 @@ MEANINGS = {
     "--allow-field", "allow_fields", metavar="NAME", multiple=True,
     help="Accept this config field although its meaning is unknown. Repeatable.",
 )  # fmt: skip
+@hinted.option
 @click.option(
     "--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True
 )
@@ -49,7 +52,7 @@ MEANINGS = {
 @pass_app
 def command(
     app: App, sources: tuple[str, ...], base: str | None, quantization: str | None, deep: bool,
-    strict: bool, allow_fields: tuple[str, ...], form: str, as_json: bool,
+    strict: bool, allow_fields: tuple[str, ...], hints: dict[str, Any], form: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Say whether adapters fit their base model.
 
@@ -58,11 +61,17 @@ def command(
     3 not found.
     """
     from adapterkit.hub.check import check, exit_code
+    from adapterkit.hub.locate import with_hints
 
     given = read(base) if base is not None else None
     reports = []
-    for source in sources:
-        against = given or named_base(app, source)
+    for name in sources:
+        try:
+            source = with_hints(name, hints)
+        except AdapterError as error:
+            reports.append(failed(name, "unreadable", error))
+            continue
+        against = given or named_base(app, source, name)
         if isinstance(against, Report):
             reports.append(against)
             continue
@@ -87,7 +96,7 @@ def read(base: str | Path) -> Base:
     return read_base(base if isinstance(base, Path) else find_base(base))
 
 
-def named_base(app: App, source: str) -> Base | Report:
+def named_base(app: App, source: Source, shown: str) -> Base | Report:
     """The base that the adapter names, or the report that says why there is none."""
     from adapterkit.hub.bases.folder import is_folder
     from adapterkit.hub.locate import locate
@@ -98,15 +107,15 @@ def named_base(app: App, source: str) -> Base | Report:
         recorded = (folder.manifest.base or {}).get("id") if folder.manifest else None
         name = str(recorded or read_adapter(folder).base_name or "")
     except AdapterError as error:
-        return failed(source, "unreadable", error)
+        return failed(shown, "unreadable", error)
     if not name:
         nameless = NotFoundError("it names no base", hint="give --base BASE")
-        return failed(source, "no-base", nameless)
+        return failed(shown, "no-base", nameless)
     try:
         return read(Path(name) if is_folder(Path(name)) else name)
     except AdapterError as error:
         text = f"the base it names, {name!r}, is not here ({error})"
-        return failed(source, "no-base", NotFoundError(text, hint="give --base BASE"))
+        return failed(shown, "no-base", NotFoundError(text, hint="give --base BASE"))
 
 
 def failed(source: str, code: str, error: AdapterError) -> Report:

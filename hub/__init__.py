@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adapterkit.hub.diff import Diff, diff
     from adapterkit.hub.findings import Finding, Report
     from adapterkit.hub.load import load
+    from adapterkit.hub.locate import folder
 
 PLACES = {
     "Adapter": "adapterkit.hub.adapter",
@@ -29,6 +30,7 @@ PLACES = {
     "describe": "adapterkit.hub.describe",
     "diff": "adapterkit.hub.diff",
     "exit_code": "adapterkit.hub.check",
+    "folder": "adapterkit.hub.locate",
     "load": "adapterkit.hub.load",
 }
 
@@ -45,6 +47,7 @@ __all__ = [
     "describe",
     "diff",
     "exit_code",
+    "folder",
     "load",
 ]
 

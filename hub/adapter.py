@@ -21,6 +21,8 @@ class Adapter:
     tensors: (module path, role) -> where its bytes are; no file key past this point.
     unconsumed: keys of the file that the format could not place.
     findings: everything that is wrong or odd in the folder itself, no base needed.
+    files: path -> role ("config", "weights", "head", ...) of those it was read from.
+    hints: those of the folder's that were needed.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Adapter:
     task: str | None = None
     writer: str | None = None
     findings: tuple[Finding, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    hints: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def modules(self) -> dict[str, dict[str, Stored]]:
@@ -72,7 +76,8 @@ class AdapterInfo:
     """What `describe` tells of an adapter; every value is derived from its files.
 
     variant: the kind in the field's words ("DoRA"). ranks: rank -> number of modules that have it.
-    targets: last names of the modules it changes. size: bytes of all tensors.
+    targets: last names of the modules it changes. size: bytes of all tensors. hints: what its
+    files do not say and the user did.
     root: sha256 over (module, role, dtype, shape, bytes) of all tensors, "" if not asked for.
     """
 
@@ -96,6 +101,7 @@ class AdapterInfo:
     root: str = ""
     trained_on: Mapping[str, Any] | None = None
     base_record: Mapping[str, Any] | None = None
+    hints: Mapping[str, Any] = field(default_factory=dict)
     findings: tuple[Finding, ...] = field(default=(), compare=False)
 
     @property
@@ -105,6 +111,7 @@ class AdapterInfo:
 
     def record(self) -> dict[str, Any]:
         """The `adapter` entry of a manifest: canonical JSON data, derived from the files alone."""
+        hints = {"hints": dict(self.hints)} if self.hints else {}
         return {
             "kind": self.kind,
             "variant": self.variant,
@@ -124,6 +131,7 @@ class AdapterInfo:
             "task": self.task,
             "writer": self.writer,
             "unknown_fields": dict(self.unknown_fields),
+            **hints,
         }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adapterkit.hub.describe import summarize
 from adapterkit.hub.findings import clean
+from adapterkit.hub.locate import recorded_hints
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.sources import FileSource, Folder
 from adapterkit.registry.errors import DamagedError
@@ -17,7 +18,8 @@ def recheck(manifest: Manifest, files: Mapping[str, Path]) -> None:
     """files: path in the version -> where its bytes are. Raises DamagedError that lists every
     field of the manifest that its files contradict. Fields of a later version are not judged."""
     sources = {path: FileSource.open(blob, path) for path, blob in files.items()}
-    folder = Folder(f"sha256:{manifest.id[:12]}", sources, manifest=manifest)
+    hints = recorded_hints(manifest)
+    folder = Folder(f"sha256:{manifest.id[:12]}", sources, manifest=manifest, hints=hints)
     adapter = read_adapter(folder, manifest.adapter.get("unknown_fields") or ())
     adapter.require_sound()
     derived = summarize(adapter, digest=True).record()

@@ -61,6 +61,7 @@ def summarize(adapter: Adapter, *, digest: bool) -> AdapterInfo:
         writer=adapter.writer,
         unknown_fields={name: plain(adapter.config[name]) for name in adapter.unknown_fields},
         root=tensors_root(tensors) if digest else "",
+        hints=adapter.hints,
         findings=adapter.findings,
     )
 

@@ -29,10 +29,9 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 
-# pattern of the path -> role; everything else is skipped unless asked for
+# Beside the files that the adapter was read from: pattern of the path -> role. Everything else is
+# skipped unless asked for.
 KEPT = {
-    "adapter_config.json": "config",
-    "adapter_model.safetensors": "weights",
     "tokenizer.json": "tokenizer",
     "tokenizer.model": "tokenizer",
     "tokenizer_config.json": "tokenizer",
@@ -80,7 +79,7 @@ class Options:
 
 def add(  # noqa: PLR0913
     registry: Registry,
-    path: str | Path,
+    path: str | Path | Folder,
     name: str,
     *,
     version: str | None = None,
@@ -91,12 +90,13 @@ def add(  # noqa: PLR0913
     **settings: Any,
 ) -> Ingested:
     """Stores the adapter in folder `path` as a version of `name`. settings: fields of Options.
+    `locate.folder` gives a folder with what its files do not say.
 
     Raises DamagedError or NotFoundError if the folder is not a complete, finite adapter, and
     MismatchError if it does not fit the base given; then nothing is stored.
     """
     chosen = replace(options or Options(), **settings)
-    folder = locate(Path(path))
+    folder = path if isinstance(path, Folder) else locate(Path(path))
     adapter = read_adapter(folder, chosen.allow_fields)
     adapter = replace(adapter, findings=(*adapter.findings, *check_values(adapter)))
     base = _base(chosen.base)
@@ -108,7 +108,7 @@ def add(  # noqa: PLR0913
         base = for_task(base, adapter)
         findings = doubts + _fitting(adapter, base)
     info = summarize(adapter, digest=True)
-    kept, skipped = _sorted_out(folder, chosen.include)
+    kept, skipped = _sorted_out(folder, adapter.files, chosen.include)
     meaning = _meaning(adapter, info, base, chosen)
     added = registry.add(
         name,
@@ -182,14 +182,16 @@ def _trained_on(base: Base | None, method: str | None) -> dict[str, Any] | None:
 
 
 def _sorted_out(
-    folder: Folder, include: Collection[str]
+    folder: Folder, read: Mapping[str, str], include: Collection[str]
 ) -> tuple[dict[str, str], tuple[tuple[str, int], ...]]:
     """(path -> role of what is stored, what is skipped)."""
     kept: dict[str, str] = {}
     skipped: dict[str, int] = {}
     for path, source in folder.files.items():
         top_level = "/" not in path
-        role = next((r for p, r in KEPT.items() if top_level and fnmatch(path, p)), None)
+        role = read.get(path)
+        if role is None and top_level:
+            role = next((r for p, r in KEPT.items() if fnmatch(path, p)), None)
         if role is None and any(fnmatch(path, pattern) for pattern in include):
             role = "extra"
         if role is not None:

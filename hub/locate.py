@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Union
+from typing import TYPE_CHECKING, Any, Union
 
-from adapterkit.hub.sources import FileSource, Folder, open_folder
+from adapterkit.hub.findings import clean
+from adapterkit.hub.sources import FileSource, Folder, open_folder, sole_subfolder
 from adapterkit.hub.sums import check_sums
-from adapterkit.registry.errors import InvalidError
+from adapterkit.registry.errors import DamagedError, InvalidError
+from adapterkit.registry.manifest import Manifest
 from adapterkit.registry.refs import PathSource, Ref, parse_source
+from adapterkit.registry.strictjson import canonical
 
 if TYPE_CHECKING:
     from adapterkit.registry import Registry
 
+CONFIG = "adapter_config.json"
 Source = str | Path | Folder
 Opener = Union["Registry", Callable[[], "Registry"]]
 
@@ -30,9 +35,7 @@ def locate(source: Source, registry: Opener | None = None) -> Folder:
         return source
     found = PathSource(source) if isinstance(source, Path) else parse_source(source)
     if isinstance(found, PathSource):
-        folder = open_folder(found.path)
-        check_sums(folder)
-        return folder
+        return folder(found.path)
     if not isinstance(found, Ref):
         raise InvalidError(
             f"{source} is on a remote, and is not here", hint=f"adapter pull {source}"
@@ -47,7 +50,49 @@ def locate(source: Source, registry: Opener | None = None) -> Folder:
         if recorded:
             blob = store.blob(recorded["digest"].removeprefix("sha256:"))
             sketch = FileSource.open(blob, "the sketch of the base")
-        return Folder(str(exact), files, manifest=manifest, sketch=sketch)
+        hints = recorded_hints(manifest)
+        return Folder(str(exact), files, manifest=manifest, sketch=sketch, hints=hints)
+
+
+def with_hints(source: Source, hints: Mapping[str, Any]) -> Source:
+    """The source, with what its files do not say. Raises InvalidError for one that is stored."""
+    if not hints:
+        return source
+    found = parse_source(source) if isinstance(source, str) else source
+    path = found.path if isinstance(found, PathSource) else found
+    if not isinstance(path, Path):
+        raise InvalidError(
+            f"hints are given for {source}, which is no folder: what is stored has its hints"
+        )
+    return folder(path, **hints)
+
+
+def folder(path: str | Path, /, **hints: Any) -> Folder:
+    """An adapter's folder, and what its files do not say: `folder("./dump", alpha=16)`.
+
+    Stands for the folder wherever a source is taken; the registry remembers the hints.
+    Raises NotFoundError, DamagedError, and InvalidError for a hint that JSON cannot hold."""
+    opened = open_folder(Path(path))
+    check_sums(opened)
+    _require_canonical(hints)
+    return replace(sole_subfolder(opened, CONFIG), hints=hints)
+
+
+def _require_canonical(hints: Mapping[str, Any]) -> None:
+    for name, value in hints.items():
+        try:
+            canonical(value)
+        except (ValueError, TypeError, RecursionError) as error:
+            shown = clean(repr(value), 80)
+            raise InvalidError(f"the hint {clean(name)} is {shown}, which is no JSON") from error
+
+
+def recorded_hints(manifest: Manifest) -> Mapping[str, Any]:
+    """What the user said of a version that its files do not; raises DamagedError."""
+    hints = manifest.adapter.get("hints", {})
+    if not isinstance(hints, Mapping):
+        raise DamagedError(f"the manifest {manifest.id[:12]} has hints that are no object")
+    return hints
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class View:
     stride: tuple[int, ...]
 
 
-class Malformed(Exception):
+class MalformedError(Exception):
     """Opcodes that no pickle of plain values has; translated where the file's name is known."""
 
 
@@ -79,7 +79,7 @@ def read_pickle(file: io.BytesIO, name: str, storages: dict[str, Storage]) -> An
     Raises DamagedError that says what else than tensors the pickle holds."""
     try:
         return _Reader(name, storages).run(file)
-    except (Malformed, ValueError, IndexError, KeyError, TypeError, struct.error) as error:
+    except (MalformedError, ValueError, IndexError, KeyError, TypeError, struct.error) as error:
         raise DamagedError(
             f"{name} is a damaged pickle: {clean(str(error) or type(error).__name__)}"
         ) from error
@@ -109,19 +109,15 @@ class _Reader:
     def run(self, file: io.BytesIO) -> Any:
         for count, (op, argument, _) in enumerate(pickletools.genops(file)):
             if count > MAX_OPS:
-                raise Malformed(f"more than {MAX_OPS} operations")
+                raise MalformedError(f"more than {MAX_OPS} operations")
             self.step(op.name, argument)
         if len(self.stack) != 1 or self.stack[0] is _MARK:
-            raise Malformed("it does not end in one value")
+            raise MalformedError("it does not end in one value")
         return self.stack[0]
 
     def step(self, op: str, argument: Any) -> None:
         if op in LITERALS:
-            if isinstance(argument, int) and abs(argument) >= MAX_INT:
-                raise Malformed("an integer of more than 128 bits")
-            if isinstance(argument, str) and not is_text(argument):
-                raise Malformed("half of a surrogate pair, not text")
-            self.stack.append(argument)
+            self.stack.append(_literal(argument))
         elif op in CONSTANTS:
             self.stack.append(CONSTANTS[op])
         elif op in MAKE:
@@ -143,7 +139,7 @@ class _Reader:
     def pop(self) -> Any:
         value = self.stack.pop()
         if value is _MARK:
-            raise Malformed("a mark where a value is needed")
+            raise MalformedError("a mark where a value is needed")
         return value
 
     def since_mark(self) -> list[Any]:
@@ -154,7 +150,7 @@ class _Reader:
 
     def top(self, type_: type) -> Any:
         if not isinstance(self.stack[-1], type_):
-            raise Malformed(f"no {type_.__name__} to add to")
+            raise MalformedError(f"no {type_.__name__} to add to")
         return self.stack[-1]
 
     def make_tuple(self, _: Any) -> None:
@@ -190,7 +186,7 @@ class _Reader:
 
     def get(self, index: Any) -> None:
         if index not in self.memo:
-            raise Malformed(f"no value was kept as number {index}")
+            raise MalformedError(f"no value was kept as number {index}")
         self.stack.append(self.memo[index])
 
     def named(self, argument: Any) -> None:
@@ -221,17 +217,17 @@ class _Reader:
         if not isinstance(type_, Name) or type_.name not in DTYPES or view:
             raise self.refuse("a storage of an unknown type")
         if not isinstance(key, str) or not _is_size(numel):
-            raise Malformed("a storage without key or size")
+            raise MalformedError("a storage without key or size")
         storage = Storage(key, DTYPES[type_.name], numel)
         if self.storages.setdefault(key, storage) != storage:
-            raise Malformed(f"storage {clean(key)} is described in two ways")
+            raise MalformedError(f"storage {clean(key)} is described in two ways")
         self.stack.append(storage)
 
     def reduce(self, _: Any) -> None:
         arguments, function = self.pop(), self.pop()
         name = function.name if isinstance(function, Name) else type(function).__name__
         if not isinstance(arguments, tuple):
-            raise Malformed(f"arguments of {clean(name)} that are no tuple")
+            raise MalformedError(f"arguments of {clean(name)} that are no tuple")
         if name == EMPTY and arguments == ():
             self.stack.append({})
         elif name == PARAMETER and len(arguments) == 3 and isinstance(arguments[0], View):
@@ -244,17 +240,25 @@ class _Reader:
     def view(self, name: str, arguments: tuple[Any, ...]) -> View:
         storage, offset, shape, stride, _, hooks, *rest = arguments
         if not isinstance(storage, Storage) or hooks != {}:
-            raise Malformed("a tensor without storage, or with hooks")
+            raise MalformedError("a tensor without storage, or with hooks")
         dtype = storage.dtype
         if name == UNTYPED_TENSOR:
             type_, *rest = rest
             if not isinstance(type_, Name) or type_.name not in DTYPES:
-                raise Malformed("a tensor without dtype")
+                raise MalformedError("a tensor without dtype")
             dtype = DTYPES[type_.name]
         if rest not in ([], [None], [{}]):
             raise self.refuse("a tensor with pending operations (conj, neg)")
         _check_sizes(offset, shape, stride)
         return View(storage, dtype, offset, shape, stride)
+
+
+def _literal(value: Any) -> Any:
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        raise MalformedError("an integer of more than 128 bits")
+    if isinstance(value, str) and not is_text(value):
+        raise MalformedError("half of a surrogate pair, not text")
+    return value
 
 
 def _is_size(value: object) -> bool:
@@ -263,9 +267,10 @@ def _is_size(value: object) -> bool:
 
 def _check_sizes(offset: object, shape: object, stride: object) -> None:
     if not isinstance(shape, tuple) or not isinstance(stride, tuple) or len(shape) > 64:
-        raise Malformed("a tensor whose shape is no tuple of at most 64 sizes")
+        raise MalformedError("a tensor whose shape is no tuple of at most 64 sizes")
     if len(shape) != len(stride) or not all(map(_is_size, (offset, *shape, *stride))):
-        raise Malformed(f"a tensor of shape {clean(str(shape))} and stride {clean(str(stride))}")
+        shown = f"shape {clean(str(shape))} and stride {clean(str(stride))}"
+        raise MalformedError(f"a tensor of {shown}")
 
 
 OPERATIONS: dict[str, Callable[[_Reader, Any], None]] = {

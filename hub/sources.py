@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from adapterkit.hub.findings import clean
+from adapterkit.hub.findings import INFO, Finding, clean
 from adapterkit.registry.errors import DamagedError, NotFoundError
 from adapterkit.registry.manifest import Manifest
 from adapterkit.registry.strictjson import check_size, parse_object
@@ -74,6 +74,7 @@ class Folder:
 
     name: what messages call it. files: relative POSIX path -> source. root: the directory, where
     it is one. manifest, sketch: what the registry recorded of a version and of its base.
+    hints: what its files do not say and the user does. remarks: what was odd in finding it.
     """
 
     name: str
@@ -81,6 +82,8 @@ class Folder:
     root: Path | None = None
     manifest: Manifest | None = None
     sketch: ByteSource | None = None
+    hints: Mapping[str, Any] = field(default_factory=dict)
+    remarks: tuple[Finding, ...] = ()
 
     def file(self, path: str) -> ByteSource:
         if path not in self.files:
@@ -126,6 +129,20 @@ def open_folder(path: Path) -> Folder:
             hint="copy the file itself into the folder",
         )
     return Folder(str(path), files, path)
+
+
+def sole_subfolder(folder: Folder, mark: str) -> Folder:
+    """The one subfolder with a file called `mark` of a folder that holds nothing else; as PEFT
+    saves an adapter that has a name. Any other folder as it is."""
+    tops = {path.partition("/")[0] for path in folder.files}
+    (top,) = tops if len(tops) == 1 else ("",)
+    if f"{top}/{mark}" not in folder.files:
+        return folder
+    files = {path.removeprefix(f"{top}/"): source for path, source in folder.files.items()}
+    about = f"the adapter is in its only subfolder, {top}"
+    remark = Finding(INFO, "subfolder", folder.name, f"{mark} at the top", about)
+    root = folder.root / top if folder.root is not None else None
+    return replace(folder, files=files, root=root, remarks=(*folder.remarks, remark))
 
 
 def read_object(source: ByteSource, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from adapterkit.hub.findings import clean, several
 from adapterkit.hub.headers import DTYPE_BITS, MAX_VALUES, Header, Stored, refuse_other_formats
@@ -27,7 +27,7 @@ MAX_SHARING = 64
 PICKLE = b"\x80"
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # memoryview format of an element, by its bytes
-ELEMENTS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+ELEMENTS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 Range = tuple[int, int]
 
 
@@ -56,7 +56,8 @@ class Gathered:
         *outer, (count, step) = axes
         row = count * self.width
         first, last = start // row, -(-(start + size) // row)
-        rows = b"".join(self._row(data, outer, index, (count, step)) for index in range(first, last))
+        inner = count, step
+        rows = b"".join(self._row(data, outer, index, inner) for index in range(first, last))
         return rows[start - first * row :][:size]
 
     def _row(
@@ -223,7 +224,7 @@ class _Reader:
 
 
 def _children(value: Any) -> Callable[[], Iterator[tuple[Any, Any]]] | None:
-    """What is walked into: dictionaries that hold something, and lists of more than plain values."""
+    """What is walked into: a dictionary that holds something, a list of more than plain values."""
     if isinstance(value, dict) and value:
         return lambda: iter(value.items())
     if isinstance(value, list | tuple) and not all(map(_is_plain, value)):

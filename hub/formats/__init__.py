@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.findings import clean
+from adapterkit.hub.formats.files import CONFIG, Claim
 from adapterkit.hub.sources import Folder, read_object
-from adapterkit.registry.errors import NotFoundError
+from adapterkit.registry.errors import AdapterError, DamagedError, InvalidError, NotFoundError
 
-# name -> module with claims(config) and read(folder, config, allow_fields)
-FORMATS = {"peft": "adapterkit.hub.formats.peft"}
+# name -> module with
+#   claims(folder, config) -> Claim | None: whether this is its format; config is the parsed
+#     adapter_config.json, None where there is none
+#   read(folder, config, allow_fields) -> Adapter
+#   HINTS, if the files may not say all: name -> what it is, for `--hint NAME=VALUE`
+FORMATS = {
+    "peft": "adapterkit.hub.formats.peft",
+}
 
-CONFIG = "adapter_config.json"
+# Hints that are not of one format: `format` says which one it is where two are possible.
+FORMAT = "format"
 # Fields by which the configs of other tools that use the same file name are known.
 FOREIGN = {
     "AdapterHub": ("model_type", "model_name"),
@@ -25,24 +34,81 @@ FOREIGN = {
 def read_folder(folder: Folder, allow_fields: Collection[str] = ()) -> Adapter:
     """The adapter in `folder`. Raises NotFoundError naming what is missing or not supported."""
     config = _config(folder)
-    modules = [import_module(path) for path in FORMATS.values()]
-    readers: list[Any] = [module for module in modules if module.claims(config)]
-    if not readers:
-        raise NotFoundError(f"{clean(folder.name)}/{CONFIG}: {_reason(config)}")
-    adapter: Adapter = readers[0].read(folder, config, allow_fields)
-    return adapter
+    name = _format(folder, config)
+    module = import_module(FORMATS[name])
+    adapter: Adapter = module.read(folder, config, allow_fields)
+    used = dict(adapter.hints)
+    used |= {FORMAT: name} if FORMAT in folder.hints else {}
+    _require_used(folder, used, name, getattr(module, "HINTS", {}))
+    return replace(adapter, hints=used, findings=(*folder.remarks, *adapter.findings))
 
 
-def _config(folder: Folder) -> dict[str, Any]:
-    if CONFIG in folder.files:
-        return read_object(folder.files[CONFIG], f"{clean(folder.name)}/{CONFIG}")
+def _format(folder: Folder, config: Mapping[str, Any] | None) -> str:
+    """The format with the strongest claim; an error if two are equal, or there is none."""
+    if FORMAT in folder.hints:
+        return _given(folder.hints[FORMAT])
+    claims: dict[str, Claim] = {}
+    errors: list[AdapterError] = []
+    for name, path in FORMATS.items():
+        try:
+            claim = import_module(path).claims(folder, config)
+        except AdapterError as error:  # a file that cannot be read: of interest if nobody claims
+            errors.append(error)
+            continue
+        claims |= {name: claim} if claim is not None else {}
+    best = max((claim.score for claim in claims.values()), default=0)
+    found = [name for name, claim in claims.items() if claim.score == best]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        shown = "; ".join(f"{name} ({claims[name].evidence})" for name in found)
+        raise InvalidError(
+            f"{clean(folder.name)} may be of several formats: {shown}",
+            hint=f"give --hint {FORMAT}={found[0]}",
+        )
+    raise errors[0] if errors else _nobody(folder, config)
+
+
+def _given(value: object) -> str:
+    if not isinstance(value, str) or value not in FORMATS:
+        raise InvalidError(
+            f"the hint {FORMAT} is {clean(repr(value))}, expected one of {', '.join(FORMATS)}"
+        )
+    return value
+
+
+def _require_used(
+    folder: Folder, used: Mapping[str, Any], name: str, known: Mapping[str, str]
+) -> None:
+    unused = sorted(folder.hints.keys() - used.keys())
+    if not unused:
+        return
+    shown = ", ".join(map(clean, unused[:10]))
+    names = "; ".join(f"{hint}: {about}" for hint, about in known.items()) or "none"
+    error = InvalidError if folder.manifest is None else DamagedError
+    raise error(
+        f"{clean(folder.name)} has hints that are not used: {shown}; the format {name} knows"
+        f" {names}"
+    )
+
+
+def _config(folder: Folder) -> dict[str, Any] | None:
+    if CONFIG not in folder.files:
+        return None
+    return read_object(folder.files[CONFIG], f"{clean(folder.name)}/{CONFIG}")
+
+
+def _nobody(folder: Folder, config: Mapping[str, Any] | None) -> NotFoundError:
+    """Why no format claims the folder."""
+    if config is not None:
+        return NotFoundError(f"{clean(folder.name)}/{CONFIG}: {_reason(config)}")
     inside = sorted(path for path in folder.files if path.endswith(f"/{CONFIG}"))
     hint = f"give one of its subfolders: {', '.join(map(clean, inside[:10]))}" if inside else None
     state = "is empty" if not folder.files else "is not an adapter folder"
-    raise NotFoundError(f"{clean(folder.name)} {state}: {CONFIG} is missing", hint=hint)
+    return NotFoundError(f"{clean(folder.name)} {state}: {CONFIG} is missing", hint=hint)
 
 
-def _reason(config: dict[str, Any]) -> str:
+def _reason(config: Mapping[str, Any]) -> str:
     for tool, marks in FOREIGN.items():
         if any(mark in config for mark in marks):
             about = ", ".join(f"{mark} {clean(str(config.get(mark)), 40)}" for mark in marks)

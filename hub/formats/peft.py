@@ -6,29 +6,40 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.findings import WARNING, Finding, clean
+from adapterkit.hub.findings import clean
 from adapterkit.hub.formats import peft_config as config_rules
 from adapterkit.hub.formats.config import ConfigReader
+from adapterkit.hub.formats.files import CERTAIN, CONFIG, LIKELY, Claim, weights_of
 from adapterkit.hub.formats.peft_keys import Keys, read_keys
 from adapterkit.hub.formats.peft_type import OTHER_TYPES, PEFT_TYPES, PeftType, peft_type
-from adapterkit.hub.headers import Header, Stored, read_header
+from adapterkit.hub.headers import Header, Stored
 from adapterkit.hub.matching import Targets
 from adapterkit.hub.sources import Folder
 from adapterkit.registry.errors import DamagedError, NotFoundError
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def claims(config: Mapping[str, Any]) -> bool:
-    """Whether a parsed `adapter_config.json` is one of PEFT's."""
-    return "peft_type" in config
+def claims(folder: Folder, config: Mapping[str, Any] | None) -> Claim | None:
+    """By the config; of a type that it does not apply, another format may know more."""
+    if config is None or "peft_type" not in config:
+        return None
+    name = config["peft_type"]
+    known = isinstance(name, str) and name in PEFT_TYPES
+    evidence = f"peft_type {clean(str(name), 40)} in {CONFIG}"
+    return Claim(CERTAIN if known else LIKELY, evidence)
 
 
-def read(folder: Folder, config: Mapping[str, Any], allow_fields: Collection[str]) -> Adapter:
+def read(
+    folder: Folder, config: Mapping[str, Any] | None, allow_fields: Collection[str]
+) -> Adapter:
     """The adapter in canonical form. Raises DamagedError if a file or a field is malformed and
     NotFoundError if it is of a type this program does not have."""
+    if config is None:
+        raise NotFoundError(f"{clean(folder.name)} is not an adapter of PEFT: {CONFIG} is missing")
     name = _type(config, folder.name)
-    header, findings = _weights(folder)
+    weights = weights_of(folder, WEIGHTS)
+    header = weights.header
     row = peft_type(name, config, header.tensors)
     reader = ConfigReader(config, f"{folder.name}/{CONFIG}")
     targets = config_rules.targets(reader)
@@ -37,7 +48,7 @@ def read(folder: Folder, config: Mapping[str, Any], allow_fields: Collection[str
     fields, places, keys = _canonical(reader, row, header, targets)
     targets.require_usable(module for module, _ in places)
     names, unknown = config_rules.unknown(config, row, allow_fields)
-    findings += config_rules.refusals(config, row) + unknown + keys.findings
+    refused = config_rules.refusals(config, row)
     return Adapter(
         name=folder.name,
         kind=row.kind,
@@ -52,7 +63,8 @@ def read(folder: Folder, config: Mapping[str, Any], allow_fields: Collection[str
         revision=revision,
         task=task,
         writer=writer,
-        findings=tuple(findings),
+        findings=(*weights.findings, *refused, *unknown, *keys.findings),
+        files={CONFIG: "config", weights.path: "weights"},
     )
 
 
@@ -81,24 +93,3 @@ def _type(config: Mapping[str, Any], name: str) -> str:
             hint=f"this version reads {', '.join(PEFT_TYPES)}",
         )
     raise NotFoundError(f"{clean(name)}/{CONFIG}: peft_type {shown} is not a known adapter type")
-
-
-def _weights(folder: Folder) -> tuple[Header, list[Finding]]:
-    if WEIGHTS not in folder.files:
-        if PICKLE in folder.files:
-            raise DamagedError(
-                f"{clean(folder.name)}/{PICKLE} is a pickle: opening it is unsafe, it may run code",
-                hint="load it where it was made and save it with safe_serialization=True",
-            )
-        raise NotFoundError(f"{clean(folder.name)} has no weights: {WEIGHTS} is missing")
-    findings = []
-    if PICKLE in folder.files:
-        findings.append(
-            Finding(
-                WARNING, "two-weight-files", PICKLE, f"only {WEIGHTS}", "both; safetensors is read"
-            )
-        )
-    header = read_header(folder.files[WEIGHTS])
-    if not header.tensors:
-        raise DamagedError(f"{clean(folder.name)}/{WEIGHTS} is empty: it holds no tensor")
-    return header, findings

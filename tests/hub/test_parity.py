@@ -14,8 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from adapterkit.hub import attach
+from adapterkit.hub import attach, folder
 from adapterkit.hub.formats.peft_type import PEFT_TYPES
+from adapterkit.hub.sources import Folder
 from adapterkit.registry.errors import AdapterError, AdapterWarning
 
 DATA = Path(os.environ.get("ADAPTERKIT_FIXTURES") or Path(__file__).parents[1] / "data").resolve()
@@ -28,7 +29,6 @@ INPUTS = (
 BY_FORMAT = {
     "adapters": "AdapterHub",
     "mlx-lm": "MLX-LM",
-    "moslora-v0.3": "is a pickle",
     "llm-adapters": "BOTTLENECK",
 }
 BY_KIND = {
@@ -40,19 +40,23 @@ BY_KIND = {
 }
 
 
-def is_peft(case: dict[str, Any]) -> bool:
-    """Whether all its adapters are PEFT folders of safetensors and of a kind that is applied."""
+# Formats that are read, beside those of PEFT, of which the type decides.
+READ: set[str] = set()
+PEFTS = {"peft", "moslora-v0.3", "moslora-v0.10"}
+
+
+def is_applied(case: dict[str, Any]) -> bool:
+    """Whether all its adapters are of a format and of a kind that is applied."""
     return case["kind"] not in BY_KIND and all(
-        adapter["format"] in ("peft", "moslora-v0.10")
-        and adapter.get("peft_type") in PEFT_TYPES
-        and "adapter_model.safetensors" in adapter["files"]
+        adapter["format"] in READ
+        or (adapter["format"] in PEFTS and adapter.get("peft_type") in PEFT_TYPES)
         for adapter in case["adapters"]
     )
 
 
 FORWARD = [case for case in CASES if case["operation"]["op"] in ("forward", "set_adapter")]
-APPLIED = [case for case in FORWARD if is_peft(case) and "repair_or_refuse" not in case["tags"]]
-WILD = [case for case in FORWARD if is_peft(case) and "repair_or_refuse" in case["tags"]]
+APPLIED = [case for case in FORWARD if is_applied(case) and "repair_or_refuse" not in case["tags"]]
+WILD = [case for case in FORWARD if is_applied(case) and "repair_or_refuse" in case["tags"]]
 OTHERS = [
     case for case in CASES if case["operation"]["op"] == "forward" and case not in APPLIED + WILD
 ]
@@ -68,11 +72,23 @@ def refusal(case: dict[str, Any]) -> str:
         return BY_KIND[case["kind"]]
     if kind not in (None, *PEFT_TYPES):
         return str(kind)
-    return (
-        "is a pickle"
-        if "adapter_model.bin" in adapter["files"]
-        else "adapter_config.json|peft_type"
-    )
+    return "adapter_config.json|peft_type"
+
+
+def sources_of(case: dict[str, Any]) -> dict[str, Folder]:
+    """Name -> folder, with what the case says beside its files."""
+    return {
+        adapter["name"]: folder(DATA / adapter["path"], **hints(case))
+        for adapter in case["adapters"]
+    }
+
+
+def hints(case: dict[str, Any]) -> dict[str, Any]:
+    said = case["operation"].get("loralib")
+    if said:
+        names = {"r": "r", "lora_alpha": "alpha", "enable_lora": "enable_lora"}
+        return {names[name]: value for name, value in said.items()}
+    return {}
 
 
 @lru_cache(maxsize=4)
@@ -128,8 +144,7 @@ def test_every_case_gives_the_logits_of_its_reference(case: dict[str, Any]) -> N
     """With PEFT's order of activation where the case records that DoRA depends on it."""
     model = model_for(case)
     dialect = "peft" if "order_dependent" in case["tags"] else "exact"
-    sources = {adapter["name"]: DATA / adapter["path"] for adapter in case["adapters"]}
-    with attach(model, sources, dialect=dialect) as adapters:
+    with attach(model, sources_of(case), dialect=dialect) as adapters:
         if case["operation"]["op"] == "set_adapter":
             adapters.activate(case["operation"]["adapters"])
         check_logits(logits(model, case), case)
@@ -152,14 +167,13 @@ def test_damaged_key_names_are_repaired_or_refused_never_dropped(case: dict[str,
 
 @pytest.mark.parametrize("case", OTHERS, ids=lambda case: case["id"])
 def test_what_is_not_applied_is_refused_by_name(case: dict[str, Any]) -> None:
-    """Never half: PEFT's pickles, other tools' folders, and options that change the result."""
+    """Never half: other tools' folders, and options that change the result."""
     model = model_for({**case, "operation": {}})
     own = {id(module) for module in model.modules() if "forward" in vars(module)}
     expected = refusal(case)
-    sources = {adapter["name"]: DATA / adapter["path"] for adapter in case["adapters"]}
     with warnings.catch_warnings(), pytest.raises(AdapterError, match=f"(?s){expected}"):
         warnings.simplefilter("error", AdapterWarning)
-        attach(model, sources)
+        attach(model, {a["name"]: DATA / a["path"] for a in case["adapters"]})
     assert {id(module) for module in model.modules() if "forward" in vars(module)} == own
 
 
