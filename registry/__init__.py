@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         split_weight,
     )
     from adapterkit.registry.registry import Registry
+    from adapterkit.registry.repair import Mend, Repaired
     from adapterkit.registry.retention import Retention
     from adapterkit.registry.urls import Url, parse_url
 
@@ -66,6 +67,7 @@ _PLACES = {
     "Lineage": "records",
     "Manifest": "manifest",
     "Meaning": "manifest",
+    "Mend": "repair",
     "MismatchError": "errors",
     "NotFoundError": "errors",
     "PathSource": "refs",
@@ -74,6 +76,7 @@ _PLACES = {
     "Ref": "refs",
     "Registry": "registry",
     "RemoteError": "errors",
+    "Repaired": "repair",
     "Retention": "retention",
     "TagMove": "records",
     "UnreachableError": "errors",
@@ -106,6 +109,7 @@ __all__ = [
     "Lineage",
     "Manifest",
     "Meaning",
+    "Mend",
     "MismatchError",
     "NotFoundError",
     "PathSource",
@@ -114,6 +118,7 @@ __all__ = [
     "Ref",
     "Registry",
     "RemoteError",
+    "Repaired",
     "Retention",
     "TagMove",
     "UnreachableError",

@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +18,7 @@ from adapterkit.registry.hashing import CHUNK
 from adapterkit.registry.problems import Problem
 
 _PAIR, _HEX = re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{64}")
-AGAIN = "pull it again, or add the same files again"
+AGAIN = "adapter verify --repair-from REMOTE, or pull or add the same again"
 
 
 @dataclass
@@ -38,13 +38,18 @@ class Seen:
     digest: str = ""
     error: str = ""
 
+    @property
+    def good(self) -> bool:
+        return self.digest == self.name
+
 
 @dataclass
 class Found:
-    """seen: by name. strange: files that are no blob."""
+    """seen: by name. strange: files that are no blob. closed: what could not be looked into."""
 
     seen: dict[str, Seen] = field(default_factory=dict)
     strange: list[Path] = field(default_factory=list)
+    closed: dict[Path, OSError] = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:
@@ -55,7 +60,7 @@ def look(blobs: Blobs, wanted: Iterable[str] | None, progress: Progress) -> Foun
     """Read the blobs `wanted`, or all there are. progress: called in several threads."""
     found = Found()
     if wanted is None:
-        names = _walk(blobs, found.strange)
+        names = _walk(blobs, found)
     else:
         names = [digest for digest in wanted if _there(blobs, digest)]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -65,8 +70,11 @@ def look(blobs: Blobs, wanted: Iterable[str] | None, progress: Progress) -> Foun
 
 
 def stored(blobs: Blobs) -> dict[str, Stamp]:
-    """Every blob there is, by its name, unread."""
-    stamps = {name: blobs.stamp(name) for name in _walk(blobs, [])}
+    """Every blob there is, by its name, unread. Raises OSError."""
+    found = Found()
+    stamps = {name: blobs.stamp(name) for name in _walk(blobs, found)}
+    for error in found.closed.values():
+        raise error
     return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
 
@@ -74,35 +82,45 @@ def _there(blobs: Blobs, digest: str) -> bool:
     return os.path.lexists(blobs.path(digest))
 
 
-def _walk(blobs: Blobs, strange: list[Path]) -> list[str]:
+def _walk(blobs: Blobs, found: Found) -> list[str]:
     names = []
-    for folder in _children(blobs, blobs.root.parent):
+    for folder in _children(blobs, blobs.root.parent, found):
         if folder != blobs.root:
-            strange += _files(blobs, folder)
-    for folder in _children(blobs, blobs.root):
-        for path in _files(blobs, folder):
+            found.strange += _files(blobs, folder, found)
+    for folder in _children(blobs, blobs.root, found):
+        for path in _files(blobs, folder, found):
             good = path.parent == folder and _PAIR.fullmatch(folder.name)
             if good and _HEX.fullmatch(path.name) and path.name.startswith(folder.name):
                 names.append(path.name)
             else:
-                strange.append(path)
+                found.strange.append(path)
     return names
 
 
-def _children(blobs: Blobs, folder: Path) -> list[Path]:
+def _children(blobs: Blobs, folder: Path, found: Found) -> list[Path]:
     try:
         return [folder / name for name in blobs.files.listdir(folder)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        found.closed[folder] = error
+        return []
 
 
-def _files(blobs: Blobs, path: Path) -> Iterator[Path]:
+def _files(blobs: Blobs, path: Path, found: Found) -> Iterator[Path]:
     """Everything below `path`, or itself, that is no folder; links are not followed."""
-    if stat.S_ISDIR(blobs.files.lstat(path).st_mode):
-        for child in _children(blobs, path):
-            yield from _files(blobs, child)
-    else:
+    try:
+        is_folder = stat.S_ISDIR(blobs.files.lstat(path).st_mode)
+    except FileNotFoundError:  # collected just now
+        return
+    except OSError as error:
+        found.closed[path] = error
+        return
+    if not is_folder:
         yield path
+        return
+    for child in _children(blobs, path, found):
+        yield from _files(blobs, child, found)
 
 
 def _see(blobs: Blobs, progress: Progress, name: str) -> Seen:
@@ -124,13 +142,21 @@ def see(blobs: Blobs, path: Path, name: str, progress: Progress) -> Seen:
     return Seen(name, size, hasher.hexdigest())
 
 
-def judge(found: Found, needs: Mapping[str, Need], shown: Callable[[str], str]) -> list[Problem]:
-    """What is wrong with blobs. shown: where a blob lies, for messages."""
+def judge(blobs: Blobs, found: Found, needs: Mapping[str, Need]) -> list[Problem]:
+    """What is wrong with blobs."""
+
+    def shown(digest: str) -> str:
+        return blobs.path(digest).relative_to(blobs.root.parent.parent).as_posix()
+
     faults = [
         problem
         for name, seen in found.seen.items()
         if (problem := _wrong(seen, needs.get(name), shown(name)))
     ]
+    for path, error in found.closed.items():
+        where = path.relative_to(blobs.root.parent.parent).as_posix()
+        detail, repair = f"cannot be read: {error.strerror or error}", "make it readable"
+        faults.append(Problem(problems.UNREADABLE, where, detail, (), repair))
     for digest in sorted(set(needs) - set(found.seen)):
         affects = tuple(needs[digest].by)
         faults.append(Problem(problems.MISSING, shown(digest), "is not there", affects, AGAIN))
@@ -142,7 +168,7 @@ def _wrong(seen: Seen, need: Need | None, where: str) -> Problem | None:
     repair = AGAIN if need else "adapter gc removes it"
     if seen.error:
         return Problem(problems.UNREADABLE, where, seen.error, affects, repair)
-    if seen.digest != seen.name:
+    if not seen.good:
         short = need is not None and need.size is not None and seen.size < need.size
         detail = f"holds {seen.size} bytes of digest {seen.digest[:12]}"
         if need is not None and need.size is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from adapterkit.registry import layout, problems
-from adapterkit.registry.blobcheck import Found, Need, see
+from adapterkit.registry.blobcheck import Need, Seen
 from adapterkit.registry.blobs import Blobs
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.files import Files
@@ -15,13 +15,15 @@ from adapterkit.registry.strictjson import parse_object
 
 
 def misnamed(
-    blobs: Blobs, found: Found, needs: Mapping[str, Need], shown: Callable[[str], str]
+    blobs: Blobs,
+    strange: Iterable[tuple[Path, Seen]],
+    needs: Mapping[str, Need],
+    shown: Callable[[str], str],
 ) -> list[Problem]:
     """Files among the blobs under a name that is none; those that are blobs by their bytes."""
     faults, home = [], blobs.root.parent.parent
-    for path in found.strange:
+    for path, seen in strange:
         where = path.relative_to(home).as_posix()
-        seen = see(blobs, path, where, lambda size: None)
         need = needs.get(seen.digest)
         if need is not None:
             lost = blobs.stamp(seen.digest) is None

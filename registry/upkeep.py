@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adapterkit.registry.problems import Health
     from adapterkit.registry.records import Version
     from adapterkit.registry.refs import Ref
+    from adapterkit.registry.repair import Repaired, Source
     from adapterkit.registry.retention import Retention
 
 GRACE = timedelta(days=1)
@@ -31,6 +32,16 @@ class UpkeepSide(NamingSide):
         if ref is not None:
             return verify_version(self.home, self.resolve(ref).ref, progress)
         return verify(self.home.path, self.home.files, progress)
+
+    def repair(self, sources: Sequence[Source], progress: Progress | None = None) -> Repaired:
+        """Replace damaged and missing blobs by good ones of `sources` (remotes), each hashed first.
+
+        progress: told the bytes read and received, from several threads.
+        """
+        from adapterkit.registry.repair import repair
+
+        told, alone = progress or (lambda size: None), self.home.locking.single_writer
+        return repair(self.home.path, sources, self.home.files, told, single_writer=alone)
 
     def rebuild(self) -> None:
         """Make the catalog anew from the log and the blobs."""

@@ -3,15 +3,16 @@ that is found is raised."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.registry import blobcheck, catalogcheck, layout, problems
-from adapterkit.registry.blobcheck import Found
+from adapterkit.registry.blobcheck import Found, Need, see
 from adapterkit.registry.blobs import Blobs, Progress
 from adapterkit.registry.catalog import Catalog
 from adapterkit.registry.errors import AdapterError, DamagedError
-from adapterkit.registry.files import Files
+from adapterkit.registry.files import Files, storage_errors
 from adapterkit.registry.home import Home
 from adapterkit.registry.indexing import ReadBlob
 from adapterkit.registry.log import Log, Place
@@ -25,9 +26,28 @@ from adapterkit.registry.strictjson import digest_of
 FROM_BACKUP = "restore the file 'log' from a backup"
 
 
+@dataclass(frozen=True)
+class Examined:
+    """What can be repaired. lost: needed blobs that are not there with their bytes. astray: digest
+    -> a file that holds the bytes of a needed blob under a wrong name. kept: digest -> a lost
+    manifest that the catalog remembers."""
+
+    health: Health
+    lost: Mapping[str, Need]
+    astray: Mapping[str, Path]
+    kept: Mapping[str, bytes]
+
+
 def verify(home: Path, files: Files | None = None, progress: Progress | None = None) -> Health:
     """Read all there is. progress: told the bytes read, from several threads."""
-    return _Check(home.absolute(), files or Files(), progress or _silent).run()
+    return examine(home, files or Files(), progress or _silent).health
+
+
+def examine(home: Path, files: Files, progress: Progress) -> Examined:
+    check = _Check(home.absolute(), files, progress)
+    with storage_errors(f"the registry {home}"):
+        health = check.run()
+    return Examined(health, check.lost, check.astray, check.kept)
 
 
 def verify_version(home: Home, ref: Ref, progress: Progress | None = None) -> Health:
@@ -38,11 +58,7 @@ def verify_version(home: Home, ref: Ref, progress: Progress | None = None) -> He
         if any(by.startswith(f"{ref}: ") for by in need.by)
     }
     found = blobcheck.look(home.blobs, needed, progress or _silent)
-
-    def shown(digest: str) -> str:
-        return home.blobs.path(digest).relative_to(home.path).as_posix()
-
-    faults = blobcheck.judge(found, needed, shown)
+    faults = blobcheck.judge(home.blobs, found, needed)
     return problems.health(faults, len(found.seen), found.n_bytes, 0)
 
 
@@ -63,6 +79,9 @@ class _Check:
         self.blobs = Blobs(home / "blobs", home / "tmp", files)
         self.faults: list[Problem] = []
         self.failed: set[str] = set()
+        self.kept: dict[str, bytes] = {}
+        self.lost: dict[str, Need] = {}
+        self.astray: dict[str, Path] = {}
 
     def run(self) -> Health:
         if not self._format():
@@ -181,6 +200,7 @@ class _Check:
             except AdapterError as error:
                 kept = _kept(disk, digest)
                 if kept is not None:
+                    self.kept[digest] = kept
                     return kept
                 self.failed.add(digest)
                 raise DamagedError(f"blob {digest[:12]} is missing or damaged") from error
@@ -204,11 +224,15 @@ class _Check:
         wanted = needs(catalog)
         known = not state.faults and not unreadable(catalog)
         found = blobcheck.look(self.blobs, None, self.progress)
-        faults = blobcheck.judge(found, wanted, self._shown)
+        faults = blobcheck.judge(self.blobs, found, wanted)
+        strange = [(path, see(self.blobs, path, "", _silent)) for path in found.strange]
+        good = {name for name, seen in found.seen.items() if seen.good}
+        self.lost = {digest: need for digest, need in wanted.items() if digest not in good}
+        self.astray = {seen.digest: path for path, seen in strange if seen.digest in wanted}
         # Where it is not known what is needed, nothing can be said to be needed by nobody.
         self.faults += [f for f in faults if known or f.what != problems.ORPHAN]
         self.faults += self._malformed(catalog)
-        self.faults += misnamed(self.blobs, found, wanted, self._shown)
+        self.faults += misnamed(self.blobs, strange, wanted, self._shown)
         return found
 
     def _malformed(self, catalog: Catalog) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.registry.errors import InvalidError, NotFoundError
@@ -16,8 +17,9 @@ if TYPE_CHECKING:
 REMOTES = {"file": "adapterkit.hub.remotes.folder:FolderRemote"}
 
 
-def connect(place: str, registry: Registry | None = None) -> Remote:
-    """The remote of a URL, or of an alias of `registry`; a #NAME behind it does not matter.
+def connect(place: str, registry: Registry | Path | None = None) -> Remote:
+    """The remote of a URL, or of an alias of `registry` (or of the one in that folder, which is not
+    opened); a #NAME behind it does not matter.
 
     Nothing is opened yet. Raises NotFoundError for an unknown alias or scheme.
     """
@@ -29,12 +31,13 @@ def connect(place: str, registry: Registry | None = None) -> Remote:
     return made
 
 
-def _url_of(alias: str, registry: Registry | None) -> str:
+def _url_of(alias: str, registry: Registry | Path | None) -> str:
     from adapterkit.hub.remotes import aliases
 
     if registry is None:
         raise InvalidError(f"{alias} is not a URL", hint="write a URL, such as file:///folder")
-    return aliases.url_of(registry, alias)
+    home = registry if isinstance(registry, Path) else registry.home.path
+    return aliases.url_of(home, alias)
 
 
 def check_scheme(scheme: str) -> None:

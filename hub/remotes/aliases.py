@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from adapterkit.hub.remotes import check_scheme
 from adapterkit.registry.errors import ConflictError, DamagedError, NotFoundError
-from adapterkit.registry.files import storage_errors, write_new
+from adapterkit.registry.files import Files, storage_errors, write_new
 from adapterkit.registry.refs import check_alias
 from adapterkit.registry.registry import Registry
 from adapterkit.registry.strictjson import canonical, parse_object
@@ -20,7 +22,7 @@ def add(registry: Registry, alias: str, url: str) -> str:
     check_alias(alias)
     registry.home.create()
     with registry.home.lock():
-        have = _read(registry)
+        have = _read(registry.home.path, registry.home.files)
         if have.get(alias, str(parsed)) != str(parsed):
             raise ConflictError(
                 f"{alias} is {have[alias]} already", hint=f"adapter remote rm {alias}"
@@ -31,9 +33,9 @@ def add(registry: Registry, alias: str, url: str) -> str:
 
 def rm(registry: Registry, alias: str) -> str:
     """The URL it meant. Raises NotFoundError."""
-    url_of(registry, alias)
+    url_of(registry.home.path, alias, registry.home.files)
     with registry.home.lock():
-        have = _read(registry)
+        have = _read(registry.home.path, registry.home.files)
         url = have.pop(alias)
         _write(registry, have)
     return url
@@ -41,22 +43,23 @@ def rm(registry: Registry, alias: str) -> str:
 
 def list(registry: Registry) -> dict[str, str]:
     """Alias -> URL, sorted."""
-    return dict(sorted(_read(registry).items()))
+    return dict(sorted(_read(registry.home.path, registry.home.files).items()))
 
 
-def url_of(registry: Registry, alias: str) -> str:
-    have = _read(registry)
+def url_of(home: Path, alias: str, files: Files | None = None) -> str:
+    """home: the folder of the registry, which need not be opened for that."""
+    have = _read(home, files or Files())
     if alias not in have:
         known = f"known: {', '.join(sorted(have))}" if have else f"adapter remote add {alias} URL"
         raise NotFoundError(f"there is no remote {alias!r}", hint=known)
     return have[alias]
 
 
-def _read(registry: Registry) -> dict[str, str]:
-    path = registry.home.path / _FILE
+def _read(home: Path, files: Files) -> dict[str, str]:
+    path = home / _FILE
     with storage_errors(f"the remotes in {path}"):
         try:
-            with registry.home.files.open(path) as file:
+            with files.open(path) as file:
                 data = file.read()
         except FileNotFoundError:
             return {}

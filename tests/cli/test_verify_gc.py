@@ -39,7 +39,7 @@ def test_damage_is_named_with_what_it_affects_and_ends_with_5(run, weights, home
         shown = run("verify", *arguments, code=5).stdout
         assert f"changed: {weights.relative_to(home)}: " in shown
         assert "  affects sql@1.0: adapter_model.safetensors\n" in shown
-        assert "  repair: pull it again, or add the same files again\n" in shown
+        assert "  repair: adapter verify --repair-from REMOTE, or pull or add" in shown
         assert "1 problem: read" in shown
 
 
@@ -106,3 +106,44 @@ def test_rules_say_which_versions_go(run, run_json, stored, sql):
 def test_half_a_rule_is_refused(run, stored, arguments):
     run("gc", *arguments, code=2)
     run("show", "sql")
+
+
+@pytest.fixture
+def team(run, stored, tmp_path) -> str:
+    """A remote that has sql, with the name `team`."""
+    url = f"file://{tmp_path}/disk"
+    run("remote", "add", "team", url)
+    run("push", "sql", "team")
+    return url
+
+
+def test_what_a_remote_has_is_repaired_and_told(run, run_json, weights, team, home):
+    rot(weights)
+    shown = run("verify", "--repair-from", "team").stdout
+    assert f"{weights.name[:12]}: repaired, from {team}\n" in shown
+    assert "  affects sql@1.0: adapter_model.safetensors\n" in shown and "all good" in shown
+    assert run("verify", "--repair-from", team).stdout.startswith("all good")
+    weights.unlink()
+    (home / "catalog.db").write_bytes(b"garbage")
+    found = run_json("verify", "--repair-from", "team", "--rebuild")
+    assert [row["source"] for row in found["repaired"]] == [team] and not found["not_repaired"]
+    assert run("list").stdout.count("sql") == 1
+
+
+def test_what_no_remote_has_stays_damaged_with_the_reason(run, run_json, weights, team, tmp_path):
+    rot(weights)
+    empty = f"file://{tmp_path}/empty"
+    shown = run("verify", "--repair-from", empty, code=5).stdout
+    assert f"{weights.name[:12]}: still damaged\n" in shown and "there is no such folder" in shown
+    for path in (tmp_path / "disk" / "blobs").rglob(weights.name):
+        rot(path)
+    found = run_json("verify", "--repair-from", empty, "--repair-from", "team", code=5)
+    (row,) = found["not_repaired"]
+    assert row["digest"] == f"sha256:{weights.name}" and len(row["why"]) == 2
+    assert "arrived with other bytes" in row["why"][1] and found["damaged"]
+
+
+def test_a_remote_to_repair_from_must_be_known(run, stored, team):
+    run("verify", "--repair-from", "unknown", code=3)
+    run("verify", "--repair-from", f"{team}#sql", code=2)
+    run("verify", "sql", "--repair-from", team, code=2)

@@ -81,7 +81,7 @@ def test_a_changed_a_truncated_and_a_missing_blob_are_named(filled):
         card.relative_to(filled).as_posix(): ("changed", ("team/sql@1.0: README.md",)),
         tone.relative_to(filled).as_posix(): ("missing", ("tone@1.0: w.bin",)),
     }
-    assert all("add the same files again" in problem.repair for problem in found)
+    assert all("--repair-from" in problem.repair for problem in found)
 
 
 def test_the_repair_that_is_named_repairs(filled):
