@@ -19,9 +19,9 @@ STEPS = {
     "plain": {
         "findings", "headers", "sources", "adapter", "fields", "matching", "pickled", "storedzip",
         "torchfile",
-        "bases/base", "bases/packed", "bases/values",
+        "bases/base", "bases/packed", "bases/places", "bases/values",
     },
-    "maths": {"primitives", "tensors", "kinds", "quant"},
+    "maths": {"primitives", "tensors", "kinds", "quant", "blend"},
     "io": {
         "formats", "bases", "locate", "read", "values", "sums", "fit", "identity", "check", "task",
         "norms",
