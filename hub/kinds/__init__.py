@@ -8,9 +8,16 @@ from typing import TYPE_CHECKING
 from adapterkit.registry.errors import NotFoundError
 
 if TYPE_CHECKING:
-    from adapterkit.hub.kinds.base import Kind
+    from adapterkit.hub.adapter import Adapter
+    from adapterkit.hub.bases.base import Base
+    from adapterkit.hub.kinds.base import Kind, Schema
 
 KINDS = {
+    "fused_ia3": "adapterkit.hub.kinds.fused_ia3:FusedIa3",
+    "fused_lora": "adapterkit.hub.kinds.fused_lora:FusedLora",
+    "output_dora": "adapterkit.hub.kinds.output_dora:OutputDora",
+    "square_vera": "adapterkit.hub.kinds.square_vera:SquareVera",
+    "fused_lora": "adapterkit.hub.kinds.fused_lora:FusedLora",
     "ia3": "adapterkit.hub.kinds.ia3:Ia3",
     "lora": "adapterkit.hub.kinds.lora:Lora",
     "moslora": "adapterkit.hub.kinds.moslora:Moslora",
@@ -32,3 +39,13 @@ def kind(name: str) -> Kind:
     module, _, attribute = KINDS[name].partition(":")
     found: Kind = getattr(import_module(module), attribute)()
     return found
+
+
+def schema_of(adapter: Adapter, base: Base) -> Schema:
+    """The tensors the adapter should hold on this base."""
+    from adapterkit.hub.kinds.base import Based
+
+    made = kind(adapter.kind)
+    if isinstance(made, Based):
+        return made.schema_on(adapter, base)
+    return made.schema(adapter, base.modules)
