@@ -19,6 +19,8 @@ from adapterkit.registry.errors import AdapterError, DamagedError, InvalidError,
 #   read(folder, config, allow_fields) -> Adapter
 #   HINTS, if the files may not say all: name -> what it is, for `--hint NAME=VALUE`
 FORMATS = {
+    "loralib": "adapterkit.hub.formats.loralib",
+    "adapterhub": "adapterkit.hub.formats.adapterhub",
     "peft": "adapterkit.hub.formats.peft",
 }
 
@@ -26,7 +28,6 @@ FORMATS = {
 FORMAT = "format"
 # Fields by which the configs of other tools that use the same file name are known.
 FOREIGN = {
-    "AdapterHub": ("model_type", "model_name"),
     "MLX-LM": ("fine_tune_type", "lora_parameters"),
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapterkit.hub.findings import WARNING, Finding, clean
-from adapterkit.hub.headers import Header, read_header
+from adapterkit.hub.headers import Header, Stored, read_header
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.torchfile import TorchFile, read_torch
 from adapterkit.registry.errors import DamagedError, InvalidError, NotFoundError
@@ -83,6 +83,20 @@ def bare_weights(folder: Folder) -> Weights | None:
     ]
     stems = {name.rpartition(".")[0] for name in names}
     return weights_of(folder, names) if len(stems) == 1 else None
+
+
+def without_root(tensors: Mapping[str, Stored], *roots: str) -> dict[str, Stored]:
+    """The tensors, their keys without the first of the roots that all of them start with."""
+    root = next((r for r in roots if all(key.startswith(r) for key in tensors)), "")
+    return {key.removeprefix(root): stored for key, stored in tensors.items()}
+
+
+def rest_of_file(weights: Weights) -> list[Finding]:
+    """What a torch file holds beside its tensors, for formats that make nothing of it."""
+    return [
+        Finding(WARNING, "unknown-value", path, "tensors alone", clean(repr(value), 80))
+        for path, value in weights.values.items()
+    ]
 
 
 def integer_hint(folder: Folder, name: str, why: str) -> int:

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 from adapterkit.hub import attach, folder
+from adapterkit.hub.formats.adapterhub_type import ARCHITECTURES, BOTTLENECK
 from adapterkit.hub.formats.peft_type import PEFT_TYPES
 from adapterkit.hub.sources import Folder
 from adapterkit.registry.errors import AdapterError, AdapterWarning
@@ -41,8 +42,15 @@ BY_KIND = {
 
 
 # Formats that are read, beside those of PEFT, of which the type decides.
-READ: set[str] = set()
+READ = {"loralib"}
 PEFTS = {"peft", "moslora-v0.3", "moslora-v0.10"}
+
+
+def architectures(adapter: dict[str, Any]) -> set[str]:
+    """Of an AdapterHub folder, and of the parts of a union."""
+    config = json.loads((DATA / adapter["path"] / "adapter_config.json").read_text())["config"]
+    every = [config, *config.get("configs", ())]
+    return {part.get("architecture") or BOTTLENECK for part in every}
 
 
 def is_applied(case: dict[str, Any]) -> bool:
@@ -50,6 +58,7 @@ def is_applied(case: dict[str, Any]) -> bool:
     return case["kind"] not in BY_KIND and all(
         adapter["format"] in READ
         or (adapter["format"] in PEFTS and adapter.get("peft_type") in PEFT_TYPES)
+        or (adapter["format"] == "adapters" and architectures(adapter) <= ARCHITECTURES.keys())
         for adapter in case["adapters"]
     )
 
