@@ -23,6 +23,8 @@ class Adapter:
     findings: everything that is wrong or odd in the folder itself, no base needed.
     files: path -> role ("config", "weights", "head", ...) of those it was read from.
     hints: those of the folder's that were needed.
+    requires: fields of the base's config -> what they have to be; None where it does not matter.
+    portable: its modules may be named as in a class with a head or in one without.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Adapter:
     findings: tuple[Finding, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
     hints: Mapping[str, Any] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    portable: bool = False
 
     @property
     def modules(self) -> dict[str, dict[str, Stored]]:

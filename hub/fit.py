@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import EMBEDDING, Base, Module
+from adapterkit.hub.bases.modules import WIDTH_KEYS
+from adapterkit.hub.bases.spelling import spelled
 from adapterkit.hub.findings import ERROR, WARNING, Finding, clean
 from adapterkit.hub.headers import Stored
-from adapterkit.hub.kinds import kind
+from adapterkit.hub.kinds import schema_of
 from adapterkit.hub.kinds.base import Expected
+from adapterkit.hub.rooting import rooted
 from adapterkit.hub.task import doubt
 
 # role -> the axis of its tensor that counts tokens, for a module with a row for each token
@@ -26,7 +29,9 @@ VOCABULARY = {
 }
 
 # role -> the axis of its tensor that is the rank
-RANK = {"A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1}
+RANK = {
+    "A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1, "experts_A": 0, "experts_B": 1,
+}  # fmt: skip
 
 # Code of the doubt that the adapter names another base than the one it is held against.
 OTHER_NAME = "other-base-name"
@@ -34,7 +39,9 @@ OTHER_NAME = "other-base-name"
 
 def fit(adapter: Adapter, base: Base) -> list[Finding]:
     """All that keeps the adapter from binding to the base, and what is odd about the pair."""
-    schema = kind(adapter.kind).schema(adapter, base.modules)
+    adapter = rooted(adapter, base)
+    base = spelled(base, adapter.modules).base
+    schema = schema_of(adapter, base)
     findings = [*adapter.findings, *schema.findings]
     incomplete = {f.tensor for f in adapter.findings if f.code == "missing-tensor"}
     findings += _missing(adapter, schema.tensors, incomplete)
@@ -182,11 +189,21 @@ def _is_said(named: set[str], role: str, stored: Stored, expected: Expected) -> 
 
 def _made_for(adapter: Adapter, base: Base) -> list[Finding]:
     """What the adapter says about its base, compared with this one: doubts, not proof."""
-    findings = []
+    findings = list(_other_model(adapter, base))
     if adapter.base_name and not _same_name(adapter.base_name, base.name):
         made, here = clean(adapter.base_name), clean(base.name)
         findings.append(Finding(WARNING, OTHER_NAME, "base_model_name_or_path", made, here))
     return findings + doubt(adapter, base)
+
+
+def _other_model(adapter: Adapter, base: Base) -> Iterator[Finding]:
+    """Where the base is not what the adapter says it has to be; widths go by several names."""
+    for field, want in adapter.requires.items():
+        names = WIDTH_KEYS if field == WIDTH_KEYS[0] else (field,)
+        here = next((base.config[name] for name in names if name in base.config), None)
+        if None not in (want, here) and want != here:
+            about = f"{clean(str(here))}, the base's"
+            yield Finding(ERROR, "other-model", field, clean(str(want)), about)
 
 
 def _same_name(made_for: str, base: str) -> bool:

@@ -16,6 +16,7 @@ from adapterkit.hub.fit import fit
 from adapterkit.hub.formats.config import is_number
 from adapterkit.hub.locate import locate
 from adapterkit.hub.read import read_adapter
+from adapterkit.hub.rooting import rooted
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import doubt, for_task
 from adapterkit.hub.values import check_values
@@ -166,7 +167,8 @@ def touched(adapter: Adapter, base: Base) -> list[str]:
     """Checkpoint tensors of the base that the adapter changes, sorted."""
     from adapterkit.hub.bases.fingerprint import tensors_of
 
-    return tensors_of(base, {module for module, _ in adapter.tensors} & base.modules.keys())
+    names = {module for module, _ in rooted(adapter, base).tensors}
+    return tensors_of(base, names & base.modules.keys())
 
 
 def _trained_on(base: Base | None, method: str | None) -> dict[str, Any] | None:

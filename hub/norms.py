@@ -56,6 +56,9 @@ class _Site:
     def shared(self) -> Mapping[str, Tensor]:
         raise NeedsBaseError(f"{self.module.name} needs the shapes of the base")
 
+    def bias(self) -> Tensor | None:
+        raise NeedsBaseError(f"{self.module.name} needs the bias of the base")
+
     def weight(self) -> Tensor:
         raise NeedsBaseError(f"{self.module.name} needs the weights of the base")
 

@@ -15,10 +15,11 @@ from adapterkit.hub.bases.base import Base, Module
 from adapterkit.hub.compose.model import weights_of
 from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.findings import clean
-from adapterkit.hub.kinds import kind
+from adapterkit.hub.kinds import kind, schema_of
 from adapterkit.hub.kinds.base import Used, Whole
 from adapterkit.hub.primitives import DenseDelta, InputRotation, LowRank, Primitive
 from adapterkit.hub.quant import format_of
+from adapterkit.hub.rooting import rooted
 from adapterkit.hub.tensors import read_finite
 from adapterkit.registry.errors import MismatchError
 
@@ -68,6 +69,10 @@ class LiveSite:
         mine = [m.name for m in sharers if m.tied_to == self.module.name]
         return tuple(name for name in mine if name not in held)
 
+    def bias(self) -> Tensor | None:
+        bias = getattr(self.live, "bias", None)
+        return bias.detach().float() if isinstance(bias, Tensor) else None
+
     def weight(self) -> Tensor:
         """From memory, else from the files the model came from.
 
@@ -94,7 +99,7 @@ class Shared:
         tensors: Mapping[tuple[str, str], Tensor],
         dtype: torch.dtype | None,
     ) -> None:
-        made = kind(adapter.kind).schema(adapter, base.modules).shared()
+        made = schema_of(adapter, base).shared()
         self._tensors = {**made, **{role: tensors["", role] for role in adapter.shared}}
         self._dtype = dtype
         self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
@@ -119,7 +124,7 @@ def lower(
     dtype: of the factors; None is each module's own compute dtype. Raises DamagedError naming
     every tensor that is not finite, and MismatchError if a tensor would be left out.
     """
-    made = kind(adapter.kind)
+    adapter, made = rooted(adapter, base), kind(adapter.kind)
     tensors = read_finite(adapter)
     whole: dict[tuple[str, str], Tensor] = {}
     if isinstance(made, Whole):

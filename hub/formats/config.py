@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from adapterkit.hub.findings import clean
+from adapterkit.hub.findings import ERROR, UNSUPPORTED, WARNING, Finding, clean
 from adapterkit.registry.errors import DamagedError
 
 # What no honest config has more of: bounds the work that lists and patterns ask for.
@@ -143,3 +143,29 @@ def is_index(value: object) -> bool:
 def is_blank(value: object) -> bool:
     """Null, false or empty: a field that asks for nothing."""
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
+
+
+def unknown_fields(
+    config: Mapping[str, Any], known: Collection[str], allowed: Collection[str]
+) -> tuple[list[str], list[Finding]]:
+    """Fields this program does not know: a warning when they ask for nothing, else an error."""
+    names = sorted(config.keys() - known)
+    findings = []
+    for name in names:
+        harmless = is_blank(config[name]) or name in allowed
+        findings.append(
+            Finding(
+                WARNING if harmless else ERROR,
+                "unknown-field",
+                name,
+                "a known config field",
+                clean(repr(config[name]), 80),
+                "" if harmless else f"--allow-field {clean(name)} if it changes nothing",
+            )
+        )
+    return names, findings
+
+
+def unsupported(field: str, why: str) -> Finding:
+    """A field that would have to be applied and is not supported."""
+    return Finding(ERROR, UNSUPPORTED, field, f"no {field}", why)

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from packaging.version import InvalidVersion, Version
+
 from adapterkit.hub.fields import ReplacedFields
-from adapterkit.hub.findings import ERROR, UNSUPPORTED, WARNING, Finding, clean
-from adapterkit.hub.formats.config import ConfigReader, is_blank, is_index
+from adapterkit.hub.findings import Finding
+from adapterkit.hub.formats.config import (
+    ConfigReader,
+    is_blank,
+    is_index,
+    unknown_fields,
+    unsupported,
+)
 from adapterkit.hub.formats.peft_type import PeftType
 from adapterkit.hub.matching import Patterns, Targets, by_pattern
 
@@ -40,6 +48,7 @@ def targets(reader: ConfigReader) -> Targets:
         layers=reader.integers("layers_to_transform"),
         layers_pattern=reader.names("layers_pattern"),
         saved=reader.names("modules_to_save"),
+        parameters=reader.names("target_parameters"),
     )
 
 
@@ -67,6 +76,16 @@ def replaced(
     )
 
 
+def written_before(reader: ConfigReader, version: Version) -> bool:
+    """Whether an older PEFT wrote it; those up to 0.17 do not say."""
+    written = reader.text("peft_version")
+    try:  # a commit may stand behind an @
+        return written is None or Version(written.partition("@")[0]) < version
+    except InvalidVersion:
+        reader.fault("peft_version", "a version")
+        return False
+
+
 def _tokens(reader: ConfigReader, field: str) -> dict[str, tuple[int, ...]]:
     value = reader.config.get(field)
     if is_blank(value):
@@ -85,7 +104,7 @@ def _tokens(reader: ConfigReader, field: str) -> dict[str, tuple[int, ...]]:
 def refusals(config: Mapping[str, Any], row: PeftType) -> list[Finding]:
     """Options that would have to be applied and are not supported, by name and reason."""
     found = [
-        Finding(ERROR, UNSUPPORTED, field, f"no {field}", why)
+        unsupported(field, why)
         for field, why in row.refused.items()
         if not is_blank(config.get(field))
     ]
@@ -96,18 +115,5 @@ def unknown(
     config: Mapping[str, Any], row: PeftType, allowed: Collection[str]
 ) -> tuple[list[str], list[Finding]]:
     """Fields this program does not know: a warning when they ask for nothing, else an error."""
-    names = sorted(config.keys() - COMMON - row.known - row.inert - row.refused.keys())
-    findings = []
-    for name in names:
-        harmless = is_blank(config[name]) or name in allowed
-        findings.append(
-            Finding(
-                WARNING if harmless else ERROR,
-                "unknown-field",
-                name,
-                "a known config field",
-                clean(repr(config[name]), 80),
-                "" if harmless else f"--allow-field {clean(name)} if it changes nothing",
-            )
-        )
-    return names, findings
+    known = COMMON | row.known | row.inert | row.refused.keys()
+    return unknown_fields(config, known, allowed)

@@ -17,7 +17,6 @@ KINDS = {
     "fused_lora": "adapterkit.hub.kinds.fused_lora:FusedLora",
     "output_dora": "adapterkit.hub.kinds.output_dora:OutputDora",
     "square_vera": "adapterkit.hub.kinds.square_vera:SquareVera",
-    "fused_lora": "adapterkit.hub.kinds.fused_lora:FusedLora",
     "ia3": "adapterkit.hub.kinds.ia3:Ia3",
     "lora": "adapterkit.hub.kinds.lora:Lora",
     "moslora": "adapterkit.hub.kinds.moslora:Moslora",

@@ -55,6 +55,10 @@ class Site(Protocol):
         """The base's weight, dequantized, float32, (out, in)."""
         ...
 
+    def bias(self) -> Tensor | None:
+        """The base's bias (out), None where the module has none."""
+        ...
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -113,4 +117,13 @@ class Whole(Protocol):
 
         p: tensors by (path, role), float32; the path of one that belongs to all is "".
         """
+        ...
+
+
+@runtime_checkable
+class Based(Protocol):
+    """What a kind offers besides when its tensors depend on more of a base than its modules."""
+
+    def schema_on(self, adapter: Adapter, base: Base) -> Schema:
+        """Stands for `schema`."""
         ...

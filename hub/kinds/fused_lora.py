@@ -52,7 +52,9 @@ class FusedLora:
         fields: FusedLoraFields = adapter.fields
         found = targeted.schema(adapter, modules, self.rules(fields))
         sized = {
-            (name, role): Expected((rows_of(fields.parts(name), modules[name].n_out), *shape.shape[1:]))
+            (name, role): Expected(
+                (rows_of(fields.parts(name), modules[name].n_out), *shape.shape[1:])
+            )
             for (name, role), shape in found.tensors.items()
             if role == "B"
         }

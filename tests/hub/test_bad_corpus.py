@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from adapterkit.cli.main import main
 from adapterkit.hub import check, exit_code
 from adapterkit.hub.findings import listing
+from adapterkit.hub.formats.adapterhub_type import ARCHITECTURES, BOTTLENECK
 from adapterkit.hub.formats.peft_type import OTHER_TYPES, PEFT_TYPES
 from adapterkit.registry import AdapterError
 
@@ -38,7 +39,8 @@ def other_type(folder: Path) -> str | None:
     except (ValueError, OSError):
         return None
     if isinstance(config, dict) and "version" in config and "peft_type" not in config:
-        return "AdapterHub"
+        method = config["config"].get("architecture") or BOTTLENECK
+        return None if method in ARCHITECTURES else "AdapterHub"
     kind = config.get("peft_type") if isinstance(config, dict) else None
     return kind if kind in OTHER_TYPES and kind not in PEFT_TYPES else None
 
