@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from adapterkit.registry.errors import ConflictError, DamagedError
-from adapterkit.registry.files import storage_errors
+from adapterkit.registry.files import Files, storage_errors
 from adapterkit.registry.hashing import copy_hashed
 from adapterkit.registry.home import Home
 from adapterkit.registry.manifest import Manifest
 
 
 def export(home: Home, manifest: Manifest, folder: Path, name: str) -> Path:
-    """All or nothing, every byte checked on the way: the files come together in a folder of their
-    own, which is renamed at the end.
+    """As `deliver`, every byte checked on the way."""
+
+    def fill(part: Path) -> None:
+        for file in manifest.files:
+            _copy(home, file.digest, part / file.path, f"{name}: {file.path}")
+
+    return deliver(home.files, folder, name, fill)
+
+
+def deliver(files: Files, folder: Path, name: str, fill: Callable[[Path], None]) -> Path:
+    """All or nothing: the files come together in a folder of their own, which is renamed at the
+    end. fill: makes them in the folder it is given.
 
     A folder that is there stays the folder it is (it may be somebody's current one): the files are
     moved into it. Raises ConflictError unless it is new or empty.
@@ -24,15 +35,14 @@ def export(home: Home, manifest: Manifest, folder: Path, name: str) -> Path:
         there = _is_there(target)
         part = (target if there else target.parent) / f".{uuid.uuid4().hex}.part"
         try:
-            home.files.mkdir(part)
-            for file in manifest.files:
-                _copy(home, file.digest, part / file.path, f"{name}: {file.path}")
+            files.mkdir(part)
+            fill(part)
             if there:
-                _move(home, part, target)
+                _move(files, part, target)
             else:
-                home.files.rename(part, target)
+                files.rename(part, target)
         finally:
-            home.files.remove_tree(part)
+            files.remove_tree(part)
     return folder
 
 
@@ -57,17 +67,17 @@ def _copy(home: Home, digest: str, path: Path, name: str) -> None:
         raise DamagedError(f"{name} holds other bytes than were stored, of digest {found[:12]}")
 
 
-def _move(home: Home, part: Path, target: Path) -> None:
+def _move(files: Files, part: Path, target: Path) -> None:
     moved: list[Path] = []
     try:
         for entry in sorted(part.iterdir()):
             if (target / entry.name).exists():
                 raise ConflictError(f"{target} was filled in the meantime: it has {entry.name}")
-            home.files.rename(entry, target / entry.name)
+            files.rename(entry, target / entry.name)
             moved.append(target / entry.name)
     except BaseException:
         for path in moved:
-            home.files.remove_tree(path)
+            files.remove_tree(path)
             if path.exists():
-                home.files.unlink(path)
+                files.unlink(path)
         raise
