@@ -1,0 +1,72 @@
+"""Which entries of a change are kept, and which sign wins where several changes meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from adapterkit.hub.blend.factors import Term
+from adapterkit.hub.blend.settings import Place
+from adapterkit.hub.blend.streamed import Streamed, magnitude_at
+
+# (rows of a change, first row) -> the same with the dropped entries 0
+Prune = Callable[[Tensor, int], Tensor]
+# (k, rows, in) pruned changes and their weights (k) -> (rows, in)
+Merge = Callable[[Tensor, Tensor], Tensor]
+
+
+def streamed(term: Term) -> Streamed:
+    return Streamed(term.factors.shape, term.factors.rows)
+
+
+def merged(terms: Sequence[Term], prunes: Sequence[Prune], merge: Merge) -> Streamed:
+    """The matrix of `merge` over all changes, each pruned by its own rule."""
+    weights = torch.tensor([term.weight for term in terms])
+
+    def block(start: int, stop: int) -> Tensor:
+        rows = [
+            prune(term.factors.rows(start, stop), start)
+            for term, prune in zip(terms, prunes, strict=True)
+        ]
+        return merge(torch.stack(rows), weights)
+
+    return Streamed(terms[0].factors.shape, block)
+
+
+def by_magnitude(term: Term, density: float) -> Prune:
+    """Keeps the int(density n) entries of largest magnitude; ties of magnitude stay together."""
+    n_entries = term.factors.shape[0] * term.factors.shape[1]
+    least = magnitude_at(streamed(term), int(density * n_entries))
+    return lambda rows, _: torch.where(rows.abs() >= least, rows, 0.0)
+
+
+def at_random(term: Term, place: Place, *, rescale: bool = True) -> Prune:
+    """Keeps each entry with probability density; divided by it, so that the mean stays.
+    DARE, Yu et al. 2023, arXiv:2311.03099."""
+    density, masks = place.settings.density, place.masks(term)
+
+    def prune(rows: Tensor, start: int) -> Tensor:
+        draws = masks.uniform(start * rows.shape[1], rows.numel()).reshape(rows.shape)
+        kept = torch.where(draws < density, rows, 0.0)
+        return kept / density if rescale else kept
+
+    return prune
+
+
+def weighted_sum(changes: Tensor, weights: Tensor) -> Tensor:
+    total: Tensor = torch.tensordot(weights.to(changes.dtype), changes, dims=1)
+    return total
+
+
+def elected(changes: Tensor, sign: str) -> Tensor:
+    """Where each change has the sign that wins at its entry; bool (k, rows, in). A sum of 0 counts
+    as positive, and an entry that is 0 agrees with neither sign."""
+    votes = changes.sum(0) if sign == "total" else changes.sign().sum(0)
+    return torch.where(votes >= 0, changes > 0, changes < 0)
+
+
+def linear(terms: Sequence[Term], place: Place) -> Streamed:
+    """Nothing is pruned."""
+    return merged(terms, [lambda rows, _: rows] * len(terms), weighted_sum)

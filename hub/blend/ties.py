@@ -1,0 +1,40 @@
+"""TIES: trim, elect a sign, merge what agrees.  Yadav et al. 2023, arXiv:2306.01708.
+
+paper: the sign of the weighted sum; the mean of w_k change_k over those that agree, so that equal
+weights are the paper's lambda.  peft (0.21 `utils/merge_utils.py`): the sign is that of the sum
+without weights.  mergekit: weighted sign, and the mean is divided by the weights that agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from adapterkit.hub.blend import pruning
+from adapterkit.hub.blend.factors import Term
+from adapterkit.hub.blend.settings import Place, Settings
+from adapterkit.hub.blend.streamed import Streamed
+
+
+def matrix(terms: Sequence[Term], place: Place) -> Streamed:
+    settings = place.settings
+    prunes = [pruning.by_magnitude(term, settings.density) for term in terms]
+    return pruning.merged(terms, prunes, partial(disjoint_mean, settings))
+
+
+def disjoint_mean(settings: Settings, changes: Tensor, weights: Tensor) -> Tensor:
+    """(rows, in) from pruned changes (k, rows, in) and their weights (k)."""
+    wide = weights.to(changes.dtype).view(-1, *[1] * (changes.ndim - 1))
+    weighted = changes * wide
+    agreeing = pruning.elected(changes if settings.dialect == "peft" else weighted, settings.sign)
+    if settings.dialect == "peft":  # its mask compares signs before the weights turn any
+        total = (weighted * agreeing).sum(0)
+    else:
+        total = torch.where(agreeing, weighted, 0.0).sum(0)
+    if settings.dialect == "mergekit":
+        shares = (wide * agreeing).sum(0)
+        return total / torch.where(shares == 0, 1.0, shares)
+    return total / agreeing.sum(0).clamp(min=1)
