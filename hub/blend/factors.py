@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,10 +58,9 @@ def inner(a: Factors, b: Factors) -> float:
     """<a, b>, the sum of products of entries, from r x r products in float64."""
     left = a.B.double().T @ b.B.double()
     right = a.A.double() @ b.A.double().T
-    total: float = (left * right).sum().item()
-    return a.scale * b.scale * total
+    return a.scale * b.scale * float((left * right).sum())
 
 
 def norm(a: Factors) -> float:
     """The Frobenius norm."""
-    return max(inner(a, a), 0.0) ** 0.5
+    return math.sqrt(max(inner(a, a), 0.0))

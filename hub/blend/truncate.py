@@ -22,7 +22,8 @@ MAX_CONDITION = 1e9
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """B A = left diag(values) right.  left (out, R) and right (R, in) are not formed: they are
-    `B @ to_left` and `to_right @ A`.  values (R) descending, float64.  dtype: of the factors it is of."""
+    `B @ to_left` and `to_right @ A`.  values (R) descending, float64.
+    dtype: of the factors it was made of."""
 
     factors: Factors
     values: Tensor
