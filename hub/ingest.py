@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.hub.adapter import Adapter, AdapterInfo
 from adapterkit.hub.bases.base import METHODS, Base, Quantization
+from adapterkit.hub.bases.spelling import spelled
 from adapterkit.hub.describe import summarize
 from adapterkit.hub.findings import ERROR, WARNING, Finding, clean, listing
 from adapterkit.hub.fit import fit
@@ -167,7 +168,9 @@ def touched(adapter: Adapter, base: Base) -> list[str]:
     """Checkpoint tensors of the base that the adapter changes, sorted."""
     from adapterkit.hub.bases.fingerprint import tensors_of
 
-    names = {module for module, _ in rooted(adapter, base).tensors}
+    adapter = rooted(adapter, base)
+    base = spelled(base, adapter.modules).base
+    names = {module for module, _ in adapter.tensors}
     return tensors_of(base, names & base.modules.keys())
 
 

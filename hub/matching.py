@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
-from adapterkit.hub.bases.base import CONV1D, LINEAR, Module
+from adapterkit.hub.bases.base import CONV1D, EXPERTS, LINEAR, Module
 from adapterkit.hub.findings import clean
 from adapterkit.registry.errors import DamagedError
 
@@ -92,7 +92,8 @@ class Targets:
 
     modules: suffixes, or one regular expression over the whole path, or "all-linear", or None when
     the config names none. layers, layers_pattern: restriction to some layer numbers.
-    saved: modules replaced as a whole, which are never targeted.
+    saved: modules replaced as a whole, which are never targeted. parameters: ends of the paths of
+    parameters that are targeted themselves, whatever the other fields say.
     """
 
     modules: tuple[str, ...] | str | None = None
@@ -100,6 +101,7 @@ class Targets:
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
 
     @cached_property
     def _entries(self) -> frozenset[str]:
@@ -132,6 +134,16 @@ class Targets:
         every = {end for name in names for end in _ends(name)}
         return [entry for entry in self.modules if entry not in every]
 
+    def unmatched_parameters(self, modules: Mapping[str, Module]) -> list[str]:
+        """Entries of the list of parameters that mean none."""
+        every = {end for row in modules.values() for end in _ends(_parameter(row))}
+        return [entry for entry in self.parameters if entry not in every]
+
+    def is_parameter(self, module: Module) -> bool:
+        """Whether it is targeted as a parameter: a fused one, or the weight of a module."""
+        ends = _ends(_parameter(module)) if self.parameters else ()
+        return not set(self.parameters).isdisjoint(ends)
+
     def is_saved(self, name: str) -> bool:
         """Whether a module is replaced as a whole, or lies inside one that is: PEFT takes every
         module whose path ends with an entry, so that "norm" means "input_layernorm" as well."""
@@ -144,6 +156,10 @@ class Targets:
         return any(f".{entry}." in path for entry in self.saved)
 
     def _is_target(self, name: str, names: Mapping[str, Module], patterns: Patterns) -> bool:
+        if self.is_parameter(names[name]):
+            return True
+        if names[name].type == EXPERTS:  # not a module, whatever its name
+            return False
         if self._is_excluded(name, patterns) or self._is_barred(name):
             return False
         if isinstance(self.modules, str):
@@ -170,6 +186,11 @@ class Targets:
             if match := patterns.match(_layer_rule(pattern), name, "layers_pattern"):
                 return (match["layer"] or "").isdecimal() and int(match["layer"]) in self.layers
         return False
+
+
+def _parameter(module: Module) -> str:
+    """The path of its weight as a parameter."""
+    return module.name if module.type == EXPERTS else f"{module.name}.weight"
 
 
 def _layer_rule(pattern: str) -> str:

@@ -44,6 +44,7 @@ class Family:
     renames: (pattern, replacement) applied in order to checkpoint names.
     ties: (module, source) inside the body that share a weight where embeddings are tied.
     layers: pattern of body names whose group 1 counts to the config's number of layers.
+    older: (pattern, replacement) from run-time names to those of earlier versions of transformers.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Family:
     ties: tuple[tuple[str, str], ...] = ()
     layers: str = r"^(?:(?:de|en)coder\.|transformer\.)?(?:layers|layer|h)\.([0-9]{1,6})\."
     buffers: str = ""
+    older: tuple[tuple[str, str], ...] = ()
     classes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -140,6 +142,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(
         "Mixtral", "model", "embed_tokens", MISTRAL, routers=_ROUTER,
         renames=((r"\.block_sparse_moe\.", ".mlp."),), experts=_experts("mlp", "w1", "w3", "w2"),
+        older=((r"\.mlp\.", ".block_sparse_moe."),),
     ),
     "qwen2_moe": Family(
         "Qwen2Moe", "model", "embed_tokens", MISTRAL, routers=_ROUTER, experts=_QWEN_EXPERTS

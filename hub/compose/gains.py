@@ -20,6 +20,10 @@ class Gains:
     rho: Tensor | None = None
     steps: tuple[Tensor, ...] = ()
 
+    @property
+    def is_empty(self) -> bool:
+        return self.rho is None and not self.steps
+
     def enter(self, x: Tensor) -> Tensor:
         """P x, in the dtype of x. x (..., in)."""
         turned = x

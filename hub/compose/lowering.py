@@ -12,13 +12,15 @@ from torch import Tensor, nn
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base, Module
+from adapterkit.hub.bases.spelling import Slot, spelled
+from adapterkit.hub.compose import experts
 from adapterkit.hub.compose.model import weights_of
 from adapterkit.hub.compose.origin import Origin
+from adapterkit.hub.compose.spots import Spot, Spots
 from adapterkit.hub.findings import clean
 from adapterkit.hub.kinds import kind, schema_of
 from adapterkit.hub.kinds.base import Used, Whole
 from adapterkit.hub.primitives import DenseDelta, InputRotation, LowRank, Primitive
-from adapterkit.hub.quant import format_of
 from adapterkit.hub.rooting import rooted
 from adapterkit.hub.tensors import read_finite
 from adapterkit.registry.errors import MismatchError
@@ -59,7 +61,7 @@ class LiveSite:
     module: Module
     base: Base
     adapter: Adapter
-    live: nn.Module
+    spot: Spot
     origin: Origin
     shared: Mapping[str, Tensor]
 
@@ -79,14 +81,14 @@ class LiveSite:
         Raises MismatchError naming the module if its exact weight is in neither.
         """
         try:
-            return format_of(self.live).read_weight(self.live)
+            return self.spot.weight()
         except MismatchError as error:
-            dense = self.origin.weight(self.module.name)
+            dense = self.origin.weight(self.spot.slot.module)
             if dense is None:
                 raise MismatchError(f"{self.module.name}: {error}", hint=error.hint) from error
             from adapterkit.hub.quant import bnb4  # the only format that loses its weight
 
-            return bnb4.requantized(self.live, dense)
+            return bnb4.requantized(self.spot.module, dense)
 
 
 class Shared:
@@ -100,13 +102,13 @@ class Shared:
         dtype: torch.dtype | None,
     ) -> None:
         made = schema_of(adapter, base).shared()
-        self._tensors = {**made, **{role: tensors["", role] for role in adapter.shared}}
+        self._tensors = {**made, **{role: t for (path, role), t in tensors.items() if not path}}
         self._dtype = dtype
         self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
-    def on(self, live: nn.Module) -> dict[str, Tensor]:
+    def on(self, spot: Spot) -> dict[str, Tensor]:
         """As the module computes: its device, its dtype."""
-        place = _device(live), self._dtype or format_of(live).compute_dtype(live) or torch.float32
+        place = spot.device, self._dtype or spot.dtype
         if place not in self._placed:
             made = {role: tensor.to(*place) for role, tensor in self._tensors.items()}
             if not all(torch.isfinite(tensor).all() for tensor in made.values()):
@@ -130,13 +132,22 @@ def lower(
     if isinstance(made, Whole):
         whole = {place: t for place, t in tensors.items() if place[0] not in base.modules}
     own = {place: tensor for place, tensor in tensors.items() if place not in whole}
-    found = list(_by_module(adapter, base, modules, own, dtype))
+    spelling = spelled(base, adapter.modules)
+    spots = Spots(modules, spelling)
+    found = list(_by_module(adapter, spots, own, dtype))
     if isinstance(made, Whole) and whole:
         found.append(_whole(adapter, made, base, whole))
     updates: dict[str, list[Primitive]] = {}
-    for primitives, _ in found:
-        for target, primitive in primitives:
-            updates.setdefault(target, []).append(_placed(primitive, modules[target], dtype))
+    parts: dict[str, list[tuple[Slot, Primitive]]] = {}
+    for target, primitive in (made for primitives, _ in found for made in primitives):
+        slot = spots[target].slot
+        if slot.expert is None:
+            updates.setdefault(slot.module, []).append(_placed(primitive, spots[target], dtype))
+        else:
+            parts.setdefault(slot.module, []).append((slot, primitive))
+    for row, single in parts.items():
+        fused = experts.joined(row, base.modules[row].shape, single)
+        updates[row] = [_placed(each, spots[row], dtype) for each in fused]
     bound = [row for _, rows in found for row in rows]
     if not isinstance(made, Whole):
         bound += [Bound(item.key, "", role, "LowRank") for role, item in adapter.shared.items()]
@@ -148,21 +159,21 @@ Made = tuple[list[tuple[str, Primitive]], list[Bound]]
 
 def _by_module(
     adapter: Adapter,
-    base: Base,
-    modules: Mapping[str, nn.Module],
+    spots: Spots,
     tensors: Mapping[tuple[str, str], Tensor],
     dtype: torch.dtype | None,
 ) -> Iterator[Made]:
     """Primitives and report of each module of the base that the file has tensors for."""
+    base = spots.spelling.base
     origin = Origin(base.name)
     shared = Shared(adapter, base, tensors, dtype)
     for name, stored in adapter.modules.items():
         if name not in base.modules:
             continue
-        live = modules[name]
-        site = LiveSite(base.modules[name], base, adapter, live, origin, shared.on(live))
-        given = {role: tensors[name, role].to(_device(live)) for role in stored}
-        roles, copies = _without_copies(given, live)
+        spot = spots[name]
+        site = LiveSite(base.modules[name], base, adapter, spot, origin, shared.on(spot))
+        given = {role: tensors[name, role].to(spot.device) for role in stored}
+        roles, copies = _without_copies(given, spot.module)
         used = Used(roles)
         made = list(kind(adapter.kind).lower(adapter.fields, site, used))
         _require_all(adapter, (stored[role].key for role in roles if role not in used.taken))
@@ -195,14 +206,6 @@ def _fate(role: str, copies: set[str], primitives: str) -> str:
     return "copy" if role in copies else primitives
 
 
-def _device(module: nn.Module) -> torch.device:
-    """Of its own parameters, else of those inside it."""
-    for recurse in (False, True):
-        for parameter in module.parameters(recurse=recurse):
-            return parameter.device
-    return torch.device("cpu")
-
-
 def _tensors(primitive: Primitive) -> list[Tensor]:
     held = (getattr(primitive, field.name) for field in fields(primitive))
     return [value for value in held if isinstance(value, Tensor)]
@@ -220,20 +223,19 @@ def _without_copies(
     return {role: tensor for role, tensor in tensors.items() if role not in copies}, copies
 
 
-def _placed(primitive: Primitive, live: nn.Module, dtype: torch.dtype | None) -> Primitive:
+def _placed(primitive: Primitive, spot: Spot, dtype: torch.dtype | None) -> Primitive:
     """The primitive on the module's device; factors in the dtype they are multiplied in.
 
     Scales, gains, rotations and shifts stay float32: they are small, and an error in them is one of
     the whole output.
     """
-    device = _device(live)
-    compute = dtype or format_of(live).compute_dtype(live) or torch.float32
-    if isinstance(primitive, LowRank) and primitive.rank_scale is not None:
+    device, compute = spot.device, dtype or spot.dtype
+    if isinstance(primitive, LowRank) and primitive.rank_scale is not None and primitive.A.ndim < 3:
         return _kept(primitive, device)
     if isinstance(primitive, LowRank):
         wide, b = primitive.A.to(device), primitive.B.to(device)
         if primitive.out_scale is not None:  # folded in float32, rounded once
-            b = b * primitive.out_scale.to(device)[:, None]
+            b = b * primitive.out_scale.to(device)[..., None]
         half = wide.to(compute), b.to(compute)
         fits = all(torch.isfinite(factor).all() for factor in half)
         a, b = half if fits else (wide, b)  # float32 where half precision would overflow

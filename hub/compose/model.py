@@ -86,7 +86,13 @@ def _shape(module: nn.Module) -> tuple[str, tuple[int, ...]]:
 def _experts(name: str, module: nn.Module) -> list[Module]:
     """Fused expert parameters: three dimensions, (experts, out, in), held by the block itself."""
     return [
-        Module(f"{name}.{parameter}", rows.EXPERTS, tuple(weight.shape))
+        Module(f"{name}.{parameter}", rows.EXPERTS, _logical(module, weight))
         for parameter, weight in module.named_parameters(recurse=False)
         if weight.ndim == 3 and parameter not in ("weight", "bias")
     ]
+
+
+def _logical(module: nn.Module, weight: Tensor) -> tuple[int, ...]:
+    """(experts, out, in); some families store (experts, in, out) and say so."""
+    count, rows_, width = weight.shape
+    return (count, width, rows_) if getattr(module, "is_transposed", False) else tuple(weight.shape)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from adapterkit.hub.compose import gains, replacing
-from adapterkit.hub.compose.plan import Plan, Replacement, Sums, Weighted, fold, split
+from adapterkit.hub.compose import experts, gains, replacing
+from adapterkit.hub.compose.plan import Plan, Replacement, Sums, Weighted, added, fold, split
+from adapterkit.hub.compose.products import is_product
 from adapterkit.hub.quant import format_of
 
 
@@ -69,7 +70,22 @@ class Patch:
                 plan = replace(plan, dense=replacing.whole(weight, replacements))
             else:
                 whole[name] = replacing.whole(self._parameter(name), replacements)
+        if not is_product(self.module) and not sums.is_empty:
+            return self._with_sum(sums, whole)
         return replace(plan, shadow=self._with_parameters(whole))
+
+    def _with_sum(self, sums: Sums, whole: dict[str, Tensor]) -> Plan:
+        """For a module that is more than a product, such as a router: its new weight as a whole."""
+        base = self._parameter("weight")
+        start = whole.get("weight", base)
+        total = start.float() + added(replace(sums, d=None), base.float())
+        shadow = self._with_parameters({**whole, "weight": total.to(base.dtype)})
+        return Plan(Sums(d=sums.d), shadow=shadow)
+
+    def fold_parameters(self, updates: Mapping[str, Sequence[Weighted]], sequential: bool) -> Plan:
+        """The plan for updates of fused parameters, by their names."""
+        sums = {name: fold(each, sequential=sequential) for name, each in updates.items()}
+        return Plan(Sums(), shadow=experts.twin_forward(self.module, sums))
 
     def _parameter(self, name: str) -> Tensor:
         parameter: Tensor = getattr(self.module, name)

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adapterkit.hub.compose import gated
 from adapterkit.hub.compose.gains import Gains
+from adapterkit.hub.compose.gated import Gated
+from adapterkit.hub.compose.products import along, dense, embed_scale, low_rank
 from adapterkit.hub.primitives import (
     BiasShift,
     DenseDelta,
     Gain,
+    GatedLowRank,
     LowRank,
     Primitive,
     Replace,
@@ -33,9 +37,10 @@ class Weighted:
 @dataclass(frozen=True)
 class Sums:
     """The additive updates of a module:
-    y = y0 + g (y0 - b) + o expand(project(x, A) gate, B) + D x + d.
+    y = y0 + g (y0 - b) + o expand(project(x, A) gate, B) + D x + gated(x) + d.
 
     A (R, in), gate (R), B (out, R), o, g and d (out), D (out, in); None where there is nothing.
+    Of fused experts each has one more dimension in front, the gate only where ranks differ.
     """
 
     A: Tensor | None = None
@@ -45,6 +50,11 @@ class Sums:
     g: Tensor | None = None
     d: Tensor | None = None
     D: Tensor | None = None
+    gated: Gated | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        return all(held is None for held in vars(self).values())
 
 
 def fold(updates: Sequence[Weighted], *, sequential: bool = False) -> Sums:
@@ -56,22 +66,26 @@ def fold(updates: Sequence[Weighted], *, sequential: bool = False) -> Sums:
     factors: list[tuple[float, LowRank, Tensor | None]] = []
     shift: Tensor | None = None
     g: Tensor | None = None
-    dense: Tensor | None = None
+    total: Tensor | None = None
     for weight, primitive in ((update.weight, update.primitive) for update in updates):
         if isinstance(primitive, LowRank):
             factors.append((weight, primitive, None))
         elif isinstance(primitive, BiasShift):
             shift = _add(shift, weight * primitive.d)
         elif isinstance(primitive, DenseDelta):
-            dense = _add(dense, primitive.D if weight == 1 else weight * primitive.D)
+            total = _add(total, primitive.D if weight == 1 else weight * primitive.D)
         elif isinstance(primitive, RowScale):
             scaled = weight * primitive.g
             if sequential:
                 factors, shift = _rescale(factors, 1 + scaled, shift)
-                dense = None if dense is None else dense * (1 + scaled)[:, None].to(dense.dtype)
+                total = None if total is None else _rows_scaled(total, 1 + scaled)
                 scaled = scaled if g is None else scaled * (1 + g)
             g = _add(g, scaled)
-    return Sums(*_stack(factors), g, shift, dense)
+    return Sums(*_stack(factors), g, shift, total, gated.fold(_gated(updates)))
+
+
+def _gated(updates: Sequence[Weighted]) -> list[tuple[float, GatedLowRank]]:
+    return [(u.weight, u.primitive) for u in updates if isinstance(u.primitive, GatedLowRank)]
 
 
 def _add(total: Tensor | None, more: Tensor) -> Tensor:
@@ -102,11 +116,14 @@ def _stack(
             return low.A, gates[0], _scaled_rows(low, extra), None
         return low.A, gates[0], low.B, _product(low.out_scale, extra)
     bs = [_scaled_rows(low, extra) for _, low, extra in factors]
-    return torch.cat([low.A for _, low, _ in factors]), torch.cat(gates), torch.cat(bs, dim=1), None
+    a = torch.cat([low.A for _, low, _ in factors], dim=-2)
+    if any(gate.ndim == 2 for gate in gates):  # of experts, which may have ranks of their own
+        gates = [gate.expand(len(a), -1) for gate in gates]
+    return a, torch.cat(gates, dim=-1), torch.cat(bs, dim=-1), None
 
 
 def _gate(weight: float, low: LowRank) -> Tensor:
-    gate = low.A.new_full((low.A.shape[0],), weight * low.scale)
+    gate = low.A.new_full((low.A.shape[-2],), weight * low.scale)
     return gate if low.rank_scale is None else gate * low.rank_scale.to(gate.dtype)
 
 
@@ -115,8 +132,12 @@ def _product(scale: Tensor | None, extra: Tensor | None) -> Tensor | None:
 
 
 def _scaled_rows(low: LowRank, extra: Tensor | None) -> Tensor:
-    b = low.B if low.out_scale is None else low.B * low.out_scale[:, None].to(low.B.dtype)
-    return b if extra is None else b * extra[:, None].to(b.dtype)
+    b = low.B if low.out_scale is None else _rows_scaled(low.B, low.out_scale)
+    return b if extra is None else _rows_scaled(b, extra)
+
+
+def _rows_scaled(matrix: Tensor, by: Tensor) -> Tensor:
+    return matrix * by[..., None].to(matrix.dtype)
 
 
 @dataclass(frozen=True)
@@ -142,9 +163,16 @@ class Plan:
     dense: Tensor | None = None
     gains: Gains = Gains()
 
+    @property
+    def _is_whole(self) -> bool:
+        """Whether nothing is added to what the shadow computes."""
+        return self.sums.is_empty and self.rows is None and self.gains.is_empty
+
     def run(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         """The module's output with everything applied. The base's product is computed once, and a
         second time only where a row scale and a whole new weight meet."""
+        if self.shadow is not None and self._is_whole:
+            return self.shadow(*args, **kwargs)  # of any form, such as a router's three tensors
         x = args[0] if args else next(iter(kwargs.values()))
         if self.gains.steps:
             x = self.gains.enter(x)
@@ -161,7 +189,7 @@ class Plan:
         dtype = y.dtype
         if self.rows is not None:
             y = _with_rows(module, self.rows, x, y)
-        y = _with_sums(module, self.sums, x, y, base)
+        y = with_sums(module, self.sums, x, y, base)
         return self.gains.leave(y).to(dtype)  # rounded once
 
 
@@ -170,43 +198,33 @@ def _first(kwargs: dict[str, Any], x: Tensor) -> dict[str, Any]:
     return {**kwargs, next(iter(kwargs)): x}
 
 
-def _with_sums(module: nn.Module, sums: Sums, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
+def with_sums(module: nn.Module, sums: Sums, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
     if sums.g is not None:
         bias = getattr(module, "bias", None)
-        product = base if bias is None else base - bias.to(base.dtype)
-        y = y + product * sums.g.to(y.device)
+        product = base if bias is None else base - along(module, bias).to(base.dtype)
+        y = y + product * along(module, sums.g.to(y.device))
     if sums.A is not None and sums.B is not None:
         product = low_rank(module, x, sums.A, sums.gate, sums.B)
-        y = y + (product if sums.o is None else product * sums.o)
+        y = y + (product if sums.o is None else product * along(module, sums.o))
     if sums.D is not None:
-        y = y + _dense(module, x, sums.D)
+        y = y + dense(module, x, sums.D)
+    if sums.gated is not None:
+        y = y + sums.gated.run(x)
     if sums.d is not None:
-        y = y + sums.d
+        y = y + along(module, sums.d)
     return y
 
 
-def low_rank(module: nn.Module, x: Tensor, a: Tensor, gate: Tensor | None, b: Tensor) -> Tensor:
-    """expand(project(x, A) gate, B), (..., out). x (..., in); token ids (...) for an embedding."""
-    if isinstance(module, nn.Embedding):
-        z = functional.embedding(x, a.mT)
-    else:
-        z = functional.linear(x.to(a.dtype), a)
-    y = functional.linear(z if gate is None else z * gate, b)
-    return y * scale.to(y.dtype) if (scale := embed_scale(module)) is not None else y
-
-
-def _dense(module: nn.Module, x: Tensor, delta: Tensor) -> Tensor:
-    """D x, (..., out). x (..., in); token ids (...) for an embedding."""
-    if not isinstance(module, nn.Embedding):
-        return functional.linear(x.to(delta.dtype), delta)
-    y = functional.embedding(x, delta.mT)
-    return y * scale.to(y.dtype) if (scale := embed_scale(module)) is not None else y
-
-
-def embed_scale(module: nn.Module) -> Tensor | None:
-    """The factor some families multiply embeddings with (Gemma), or None."""
-    scale = getattr(module, "embed_scale", None) if isinstance(module, nn.Embedding) else None
-    return torch.as_tensor(scale) if scale is not None else None
+def added(sums: Sums, weight: Tensor) -> Tensor:
+    """What the sums add to a weight as a whole.  weight (..., out, in)."""
+    total = torch.zeros_like(weight)
+    if sums.g is not None:
+        total += _rows_scaled(weight, sums.g)
+    if sums.A is not None and sums.B is not None:
+        a = sums.A if sums.gate is None else _rows_scaled(sums.A, sums.gate)
+        product = sums.B.to(total.dtype) @ a.to(total.dtype)
+        total += product if sums.o is None else _rows_scaled(product, sums.o)
+    return total if sums.D is None else total + sums.D
 
 
 def _with_rows(module: nn.Module, rows: Rows, x: Tensor, y: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -10,7 +10,10 @@ from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.compose.plan import Plan, Weighted
-from adapterkit.hub.primitives import Additive, Gain
+from adapterkit.hub.compose.spots import owner_of
+from adapterkit.hub.primitives import Additive, Gain, GatedLowRank
+
+HERE = Additive | Gain | GatedLowRank
 
 
 class Updates:
@@ -24,22 +27,29 @@ class Updates:
     def plan(
         self, active: Mapping[str, float], lowered: Mapping[str, Lowered]
     ) -> Callable[[], None]:
-        updates: dict[str, list[Weighted]] = {}
+        updates: dict[str, dict[str, list[Weighted]]] = {}
         for name, weight in active.items():
-            for module, primitives in lowered[name].updates.items():
-                mine = [Weighted(weight, p) for p in primitives if isinstance(p, Additive | Gain)]
+            for row, primitives in lowered[name].updates.items():
+                mine = [Weighted(weight, p) for p in primitives if isinstance(p, HERE)]
                 if mine:
-                    updates.setdefault(module, []).extend(mine)
+                    module, parameter = owner_of(self._modules, row)
+                    updates.setdefault(module, {}).setdefault(parameter, []).extend(mine)
         for module in updates.keys() - self._patches.keys():
             self._patches[module] = Patch(self._modules[module])
-        sum_gains = self._sequential and _has_weighted_gains(updates)
+        sum_gains = self._sequential and _has_weighted_gains(updates.values())
         plans = {
-            module: patch.fold(
-                updates.get(module, ()), sequential=self._sequential, sum_gains=sum_gains
-            )
+            module: self._fold(patch, updates.get(module, {}), sum_gains)
             for module, patch in self._patches.items()
         }
         return lambda: self._switch(plans)
+
+    def _fold(
+        self, patch: Patch, updates: Mapping[str, Sequence[Weighted]], sum_gains: bool
+    ) -> Plan | None:
+        if updates.keys() - {""}:
+            return patch.fold_parameters(updates, self._sequential)
+        mine = updates.get("", ())
+        return patch.fold(mine, sequential=self._sequential, sum_gains=sum_gains)
 
     def _switch(self, plans: Mapping[str, Plan | None]) -> None:
         for module, plan in plans.items():
@@ -51,10 +61,11 @@ class Updates:
         self._patches.clear()
 
 
-def _has_weighted_gains(updates: Mapping[str, Sequence[Weighted]]) -> bool:
+def _has_weighted_gains(updates: Iterable[Mapping[str, Sequence[Weighted]]]) -> bool:
     """PEFT multiplies the gains it activates, and sums those it gives weights."""
     return any(
         update.weight != 1 and isinstance(update.primitive, Gain)
-        for made in updates.values()
+        for by_parameter in updates
+        for made in by_parameter.values()
         for update in made
     )

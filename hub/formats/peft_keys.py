@@ -48,12 +48,12 @@ def read_keys(
     endings = {**row.endings, **ENDINGS}
     named = _named_keys(endings)
     taken: dict[tuple[str, str], str] = {}
-    names = set()
-    for key in keys:
-        match = named.fullmatch(key)
-        names.update([match[2]] if match else [])
-        plain = match[1] + match[3] if match else key
-        place = _whole(plain, row) or _place(plain, endings, replaced, targets)
+    matches = {key: named.fullmatch(key) for key in keys}
+    names = {match[2] for match in matches.values() if match}
+    plain = {key: match[1] + match[3] if match else key for key, match in matches.items()}
+    own = row.places(plain.values(), targets)
+    for key, short in plain.items():
+        place = _whole(short, row) or own.get(short) or _place(short, endings, replaced, targets)
         if place is None:
             found.strays.append(key)
             found.findings.append(_stray(key, endings))

@@ -9,10 +9,19 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from packaging.version import Version
+
 from adapterkit.hub.fields import LoraFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
+from adapterkit.hub.formats import peft_parameters
 from adapterkit.hub.formats.config import ConfigReader
-from adapterkit.hub.formats.peft_config import MAX_RANK, replaced, resolved
+from adapterkit.hub.formats.peft_config import (
+    MAX_RANK,
+    replaced,
+    resolved,
+    targets,
+    written_before,
+)
 from adapterkit.hub.formats.peft_type import PeftType
 from adapterkit.hub.matching import Patterns
 
@@ -38,6 +47,7 @@ KNOWN = frozenset(
         "lora_ga_config",
         "qalora_group_size",
         "megatron_core",
+        "target_parameters",
     ]
 )
 
@@ -52,11 +62,14 @@ REFUSED = {
     "velora_config": "activations are compressed (VeLoRA)",
     "monteclora_config": "factors are sampled (MonteCLoRA)",
     "megatron_config": "layers are split over devices (Megatron)",
-    "target_parameters": "parameters that are not modules are adapted (fused experts)",
     "enable_lora": "one fused matrix holds several adapters (loralib MergedLinear)",
 }
 # PEFT 0.2 and 0.3 wrote it; it only said when to merge.
 INERT = frozenset({"merge_weights"})
+
+# Before it, PEFT read (experts, out, in) as (experts, in, out), and so wrote the factors of the
+# transpose; 0.19.0 did so for some families only.
+EXPERTS_AS_LINEAR = Version("0.19.1")
 
 # These inits subtract their start from the base when PEFT loads the file.
 MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -72,17 +85,22 @@ def read(reader: ConfigReader, names: Collection[str]) -> LoraFields:
         rslora=reader.flag("use_rslora"),
         dora=reader.flag("use_dora"),
         lora_bias=reader.flag("lora_bias"),
+        transposed_experts=bool(reader.config.get("target_parameters"))
+        and written_before(reader, EXPERTS_AS_LINEAR),
         replaced=replaced(reader, "trainable_token_indices", names),
     )
+    parameters = targets(reader)
     reader.flag("fan_in_fan_out")  # checked only: the base's module type decides, as in PEFT
     _check_init(reader)
     reader.done()
     patterns = Patterns()
-    return replace(
-        plain,
-        ranks=resolved(ranks, names, patterns, "rank_pattern"),
-        alphas=resolved(alphas, names, patterns, "alpha_pattern"),
+    paths = peft_parameters.paths(names, parameters)
+    by_path = (
+        resolved(ranks, paths, patterns, "rank_pattern"),
+        resolved(alphas, paths, patterns, "alpha_pattern"),
     )
+    ranks, alphas = ({paths[path]: value for path, value in each.items()} for each in by_path)
+    return replace(plain, ranks=ranks, alphas=alphas)
 
 
 def _check_init(reader: ConfigReader) -> None:
@@ -117,4 +135,5 @@ LORA = PeftType(
     inert=INERT,
     refused=REFUSED,
     refusals=refusals,
+    places=peft_parameters.places,
 )

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from packaging.version import InvalidVersion, Version
+from packaging.version import Version
 
 from adapterkit.hub.fields import OftFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
 from adapterkit.hub.formats.config import ConfigReader
-from adapterkit.hub.formats.peft_config import MAX_RANK, replaced
+from adapterkit.hub.formats.peft_config import MAX_RANK, replaced, written_before
 from adapterkit.hub.formats.peft_type import PeftType
 
 # Each term is a product of small matrices; the series has long converged.
@@ -36,7 +36,7 @@ def read(reader: ConfigReader, names: Collection[str]) -> OftFields:
         count=count,
         shared=reader.flag("block_share"),
         terms=terms if series else None,
-        last_twice=_is_before(reader, LAST_TERM_ONCE),
+        last_twice=written_before(reader, LAST_TERM_ONCE),
         limit=limit if reader.flag("coft") else None,
         replaced=replaced(reader, only="oft_only"),
     )
@@ -47,15 +47,6 @@ def read(reader: ConfigReader, names: Collection[str]) -> OftFields:
 def _size(reader: ConfigReader, field: str, default: int) -> int:
     value = reader.config.get(field, default)
     return 0 if value == 0 and value is not False else reader.count(field, default, MAX_RANK)
-
-
-def _is_before(reader: ConfigReader, version: Version) -> bool:
-    written = reader.text("peft_version")
-    try:  # a commit may stand behind an @
-        return written is None or Version(written.partition("@")[0]) < version
-    except InvalidVersion:
-        reader.fault("peft_version", "a version")
-        return False
 
 
 def refusals(config: Mapping[str, Any]) -> list[Finding]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
 from adapterkit.hub.findings import Finding
 from adapterkit.hub.formats.config import ConfigReader
+from adapterkit.hub.matching import Targets
 
 
 def _none(config: Mapping[str, Any]) -> list[Finding]:
@@ -19,6 +20,10 @@ def _always(config: Mapping[str, Any], keys: Collection[str]) -> bool:
     return True
 
 
+def _nowhere(keys: Iterable[str], targets: Targets) -> dict[str, tuple[str, str]]:
+    return {}
+
+
 @dataclass(frozen=True)
 class PeftType:
     """kind: its row in `kinds.KINDS`. endings: end of a key behind the module's path -> role.
@@ -27,8 +32,9 @@ class PeftType:
     asked once without modules, as keys cannot be placed before it is known what is replaced.
     known: fields it reads; inert: fields that change nothing in a saved adapter; refused: those
     that change the result and are not applied -> why. refusals: what else the config asks for in
-    vain. whole: keys that belong to no module, without their prefix -> role. claims: of a row in
-    VARIANTS, whether a file with this config and these keys is one.
+    vain. whole: keys that belong to no module, without their prefix -> role. places: keys whose
+    place the config decides -> (module, role). claims: of a row in VARIANTS, whether a file with
+    this config and these keys is one.
     """
 
     kind: str
@@ -39,6 +45,7 @@ class PeftType:
     refused: Mapping[str, str] = field(default_factory=dict)
     refusals: Callable[[Mapping[str, Any]], list[Finding]] = _none
     whole: Mapping[str, str] = field(default_factory=dict)
+    places: Callable[[Iterable[str], Targets], dict[str, tuple[str, str]]] = _nowhere
     claims: Callable[[Mapping[str, Any], Collection[str]], bool] = _always
 
 
@@ -53,6 +60,9 @@ PEFT_TYPES = {
     "BEFT": "adapterkit.hub.formats.peft_plain:BEFT",
     "VERA": "adapterkit.hub.formats.peft_vera:VERA",
     "TRAINABLE_TOKENS": "adapterkit.hub.formats.peft_tokens:TRAINABLE_TOKENS",
+    "PREFIX_TUNING": "adapterkit.hub.formats.peft_prompt:PREFIX_TUNING",
+    "PROMPT_TUNING": "adapterkit.hub.formats.peft_prompt:PROMPT_TUNING",
+    "P_TUNING": "adapterkit.hub.formats.peft_prompt:P_TUNING",
 }
 # What forks write under the name of another type.
 VARIANTS = {"LORA": ("adapterkit.hub.formats.peft_moslora:MOSLORA",)}
@@ -80,11 +90,8 @@ OTHER_TYPES = frozenset(
         "OSF",
         "PEANUT",
         "POLY",
-        "PREFIX_TUNING",
-        "PROMPT_TUNING",
         "PSOFT",
         "PVERA",
-        "P_TUNING",
         "RANDLORA",
         "ROAD",
         "SHADOW",

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.bases.base import CONV1D, EMBEDDING, LINEAR, Module
+from adapterkit.hub.bases.base import CONV1D, EMBEDDING, EXPERTS, LINEAR, OTHER, Module
 from adapterkit.hub.fields import LoraFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
 from adapterkit.hub.headers import FLOATS, Stored
-from adapterkit.hub.kinds import replaced, targeted
+from adapterkit.hub.kinds import experts, replaced, targeted
 from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
 from adapterkit.hub.primitives import BiasShift, LowRank, RowScale
 
@@ -25,8 +25,10 @@ FACTORS = {
     LINEAR: ("A", "B"),
     CONV1D: ("A", "B"),
     EMBEDDING: ("embedding_A", "embedding_B"),
+    EXPERTS: experts.ROLES,
+    OTHER: ("A", "B"),  # a matrix of another kind of module: a router
 }
-PAIRS = (("A", "B"), ("embedding_A", "embedding_B"))
+PAIRS = (("A", "B"), ("embedding_A", "embedding_B"), experts.ROLES)
 # Rows of W whose norm is taken at a time: bounds the float32 copy to a few MB.
 ROWS = 1024
 
@@ -48,8 +50,10 @@ class Lora:
             for pair in PAIRS:
                 held = [role for role in pair if role in tensors]
                 pairs += bool(held)
-                if held and "experts" in module.split(".")[-2:]:
-                    about = "factors of fused expert parameters"
+                if pair == experts.ROLES:
+                    found += experts.faults(adapter.fields.rank_of(module), module, tensors)
+                elif held and "experts" in module.split(".")[-2:]:
+                    about = "factors of fused experts that target_parameters does not name"
                     found.append(Finding(ERROR, UNSUPPORTED, module, "factors of a module", about))
                 elif held:
                     found += _pair(adapter.fields, module, tensors, pair)
@@ -67,11 +71,16 @@ class Lora:
         findings = []
         selected = adapter.targets.select(modules)
         for name in selected:
-            if modules[name].type not in FACTORS:
-                findings.append(targeted.unsupported(modules[name], FACTORS))
+            module = modules[name]
+            if not _is_usable(adapter, module):
+                findings.append(targeted.unsupported(module, FACTORS))
+            elif module.type == EXPERTS:
+                held = experts.expected(fields, module, adapter.modules.get(name, {}))
+                tensors |= {(name, role): shape for role, shape in held.items()}
+                findings += experts.undecided(fields, module)
             else:
-                tensors |= self.expected(fields, modules[name])
-                tensors |= _tied(fields, modules[name], modules)
+                tensors |= self.expected(fields, module)
+                tensors |= _tied(fields, module, modules)
         findings += _untrained_bias(adapter, selected, modules)
         findings += targeted.unmatched(adapter, modules, selected)
         rest = replaced.schema(adapter, fields.replaced, modules, selected)
@@ -81,13 +90,15 @@ class Lora:
         """The tensors of one targeted module."""
         return _factors(fields, module)
 
-    def factors(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def factors(self, module: Module, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """(A, B) of a module, None if only parts of it are replaced."""
+        if experts.A in p:
+            return experts.factors(module, p[experts.A], p[experts.B])
         return next(((p[a], p[b]) for a, b in PAIRS if a in p), None)
 
     def lower(self, fields: LoraFields, site: Site, p: Mapping[str, Tensor]) -> Lowered:
         yield from replaced.lower(fields.replaced, site, p)
-        if (pair := self.factors(p)) is None:
+        if (pair := self.factors(site.module, p)) is None:
             return
         a, b = pair
         name, scale = site.module.name, fields.scaling(site.module.name)
@@ -101,6 +112,13 @@ class Lora:
             yield name, BiasShift(scale * p["B_bias"])
         if fields.replaced.tie and site.module.type == EMBEDDING:
             yield from ((other, LowRank(a.mT, b.mT, scale)) for other in site.tied("A", "B"))
+
+
+def _is_usable(adapter: Adapter, module: Module) -> bool:
+    """PEFT takes a matrix that is targeted as a parameter for (out, in)."""
+    if adapter.targets.is_parameter(module):
+        return module.type in (LINEAR, EXPERTS) or (module.type == OTHER and len(module.shape) == 2)
+    return module.type in FACTORS and (module.type != OTHER or len(module.shape) == 2)
 
 
 def row_norms(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
@@ -146,7 +164,7 @@ def form_faults(role: str, stored: Stored) -> list[Finding]:
     if 0 in stored.shape:
         found = f"empty shape {list(stored.shape)} with a zero size"
         return [Finding(ERROR, "empty-tensor", stored.key, "values", found)]
-    n_dims = 2 if role in ("A", "B", "embedding_A", "embedding_B", "tokens") else None
+    n_dims = 2 if role == "tokens" or any(role in pair for pair in PAIRS) else None
     if n_dims and len(stored.shape) != n_dims:
         shape = f"shape {list(stored.shape)}"
         return [Finding(ERROR, "shape-mismatch", stored.key, f"{n_dims} dimensions", shape)]

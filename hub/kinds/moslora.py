@@ -39,9 +39,9 @@ class Moslora(Lora):
             tensors[module.name, MIXER] = Expected((rank, rank))
         return tensors
 
-    def factors(self, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    def factors(self, module: Module, p: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         """The mixer is folded into B, so that a rank and a scale mean what they do in LoRA."""
-        pair = super().factors(p)
+        pair = super().factors(module, p)
         if pair is None or MIXER not in p:
             return pair
         a, b = pair

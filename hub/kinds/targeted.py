@@ -77,7 +77,7 @@ def unsupported(module: Module, types: Collection[str]) -> Finding:
 
 def untargeted(adapter: Adapter) -> list[Finding]:
     """Tensors of a kind that needs targets, and a config that names none."""
-    if adapter.targets.modules:
+    if adapter.targets.modules or adapter.targets.parameters:
         return []
     shown = repr(adapter.config.get("target_modules"))
     return [Finding(ERROR, "no-targets", "target_modules", "names or a pattern", shown)]
@@ -88,18 +88,18 @@ def unmatched(
 ) -> list[Finding]:
     """Targets that mean nothing on this base. One of several names is a doubt, as lists are often
     shared between model families; a tensor that belongs to it would be an error of its own."""
-    if not selected and adapter.targets.modules:
-        shown = f"no match for {clean(str(adapter.targets.modules))}"
+    targets = adapter.targets
+    if not selected and (named := targets.modules or targets.parameters):
+        shown = f"no match for {clean(str(named))}"
         return [Finding(ERROR, "target-absent", "target_modules", "modules of the base", shown)]
+    absent = {
+        ("target_modules", "modules of the base"): targets.unmatched(modules),
+        ("target_parameters", "parameters of the base"): targets.unmatched_parameters(modules),
+    }
     return [
-        Finding(
-            WARNING,
-            "target-absent",
-            "target_modules",
-            "modules of the base",
-            f"no match for {entry}",
-        )
-        for entry in adapter.targets.unmatched(modules)
+        Finding(WARNING, "target-absent", field, want, f"no match for {clean(entry)}")
+        for (field, want), entries in absent.items()
+        for entry in entries
     ]
 
 

@@ -1,0 +1,70 @@
+"""Where the rows of a module table lie on a live model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapterkit.hub.bases.spelling import Slot, Spelling
+from adapterkit.hub.quant import format_of
+
+
+@dataclass(frozen=True)
+class Spot:
+    """module: that holds the weight. parameter: its name, where it is not the module's `weight`.
+    slot: the row at run time, and which part of it this is."""
+
+    module: nn.Module
+    parameter: str
+    slot: Slot
+
+    @property
+    def device(self) -> torch.device:
+        """Of its own parameters, else of those inside it."""
+        for recurse in (False, True):
+            for parameter in self.module.parameters(recurse=recurse):
+                return parameter.device
+        return torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products with it are computed in."""
+        if self.parameter:
+            found: torch.dtype = getattr(self.module, self.parameter).dtype
+            return found
+        return format_of(self.module).compute_dtype(self.module) or torch.float32
+
+    def weight(self) -> Tensor:
+        """float32, (out, in); (experts, out, in) of a fused parameter as a whole."""
+        if not self.parameter:
+            return format_of(self.module).read_weight(self.module)
+        layer: Any = self.module
+        whole: Tensor = getattr(layer, self.parameter).detach()
+        if getattr(layer, "is_transposed", False):
+            whole = whole.mT
+        if self.slot.expert is None:
+            return whole.float()
+        return whole[self.slot.expert, self.slot.start : self.slot.stop].float()
+
+
+@dataclass(frozen=True)
+class Spots:
+    modules: Mapping[str, nn.Module]
+    spelling: Spelling
+
+    def __getitem__(self, name: str) -> Spot:
+        slot = self.spelling.slot(name)
+        owner, parameter = owner_of(self.modules, slot.module)
+        return Spot(self.modules[owner], parameter, slot)
+
+
+def owner_of(modules: Mapping[str, nn.Module], row: str) -> tuple[str, str]:
+    """(module, name of its parameter); "" where the row is the module itself."""
+    if row in modules:
+        return row, ""
+    owner, _, parameter = row.rpartition(".")
+    return owner, parameter
