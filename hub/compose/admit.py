@@ -35,7 +35,8 @@ class Options:
 
     dtype: of the factors; None is each module's compute dtype. strict: doubts raise too.
     allow_fields: unknown config fields that change nothing. dialect: "exact" adds the deltas;
-    "peft" lets a DoRA rescale what was activated before it, as PEFT does.
+    "peft" lets a DoRA rescale what was activated before it, as PEFT does. virtual_outputs: outputs
+    have the positions of virtual tokens in front, as PEFT's have.
     """
 
     registry: Registry | None = None
@@ -43,6 +44,7 @@ class Options:
     strict: bool = False
     allow_fields: Collection[str] = ()
     dialect: Dialect = "exact"
+    virtual_outputs: bool = False
 
     def __post_init__(self) -> None:
         if self.dialect not in DIALECTS:

@@ -63,7 +63,7 @@ class Adapters:
         self._model, self._base, self._options = model, base, options
         self._modules = dict(model.named_modules())
         self._lowered: dict[str, Lowered] = {}
-        self._parts: list[Part] = [make(model, base, options.dialect) for make in PARTS]
+        self._parts: list[Part] = [make(model, base, options) for make in PARTS]
         self._active: dict[str, float] = {}
         self._origin = Origin(base.name)
         self._own_heads: set[str] = set()  # that only adapters have: random until one is active
@@ -159,7 +159,7 @@ def attach(
     """Attaches adapters to a transformers model and activates each with weight 1.
 
     adapters: names -> references or folders, or a plain list of them. settings: the fields of
-    Options (registry, dtype, strict, allow_fields, dialect).
+    Options (registry, dtype, strict, allow_fields, dialect, virtual_outputs).
     Raises MismatchError with all findings, before anything is copied, if one does not fit.
     """
     chosen = refined(options, settings)

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import nn
 
 from adapterkit.hub.bases.base import Base
+from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.lowering import Lowered
 
 
@@ -29,5 +30,5 @@ class Part(Protocol):
         ...
 
 
-# (the model, its description, "exact" or "peft")
-Make = Callable[[nn.Module, Base, str], Part]
+# (the model, its description, what `attach` was given)
+Make = Callable[[nn.Module, Base, Options], Part]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import nn
 
 from adapterkit.hub.bases.base import Base
+from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.compose.plan import Plan, Weighted
@@ -19,9 +20,9 @@ HERE = Additive | Gain | GatedLowRank
 class Updates:
     """Swapped forwards of the modules that anything was ever active on."""
 
-    def __init__(self, model: nn.Module, base: Base, dialect: str) -> None:
+    def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
         self._modules = dict(model.named_modules())
-        self._sequential = dialect == "peft"
+        self._sequential = options.dialect == "peft"
         self._patches: dict[str, Patch] = {}
 
     def plan(
