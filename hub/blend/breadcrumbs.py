@@ -29,7 +29,7 @@ def matrix(terms: Sequence[Term], place: Place) -> Streamed:
 
 
 def _between(term: Term, gamma: float, density: float) -> Prune:
-    n_entries = term.factors.shape[0] * term.factors.shape[1]
+    n_entries = term.shape[0] * term.shape[1]
     dropped, kept = int(gamma * n_entries), int(density * n_entries)
     most = magnitude_at(pruning.streamed(term), dropped)
     least = magnitude_at(pruning.streamed(term), dropped + kept)

@@ -43,8 +43,7 @@ def _to_norm(term: Term, place: Place) -> Prune:
 
 
 def _pruned(term: Term, prune: Prune) -> Streamed:
-    shape = term.factors.shape
-    return Streamed(shape, lambda start, stop: prune(term.factors.rows(start, stop), start))
+    return Streamed(term.shape, lambda start, stop: prune(term.rows(start, stop), start))
 
 
 def _sum(matrix: Streamed) -> float:

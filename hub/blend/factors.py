@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,11 +39,26 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One adapter's change of a weight, what it counts, and its place among the inputs."""
+    """One adapter's change of a weight, what it counts, and its place among the inputs.
+
+    rest: further rows [start, stop) of the change, where a part of it has no factors.
+    """
 
     weight: float
     factors: Factors
     index: int = 0
+    rest: Callable[[int, int], Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.factors.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows of the change, not weighted, float32 (stop - start, in)."""
+        found = self.factors.rows(start, stop)
+        if self.rest is not None:
+            found = found + self.rest(start, stop)
+        return found.float()
 
 
 def concatenated(terms: Sequence[Term]) -> Factors:

@@ -23,6 +23,8 @@ EXACT = {
     "iso_c": "adapterkit.hub.blend.subspaces:iso_c",
     "core": "adapterkit.hub.blend.subspaces:core",
 }
+# Those of them that take changes without factors too, row by row.
+SUMS = ("sum", "svd", "average")
 # PEFT's names: on both factors apart, and with _svd on the change itself.
 PEFT = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 
@@ -45,7 +47,9 @@ def method(name: str, settings: Settings) -> Method:
         raise InvalidError(f"no method {name}{where}; there are {known}", hint=hint)
     if settings.dialect == "peft":
         return _peft(name, settings)
-    return _load(EXACT[name]) if name in EXACT else partial(_entries, name)
+    if name in ENTRYWISE:
+        return partial(_entries, name)
+    return _load(EXACT[name]) if name in SUMS else partial(_factors_only, name)
 
 
 def _peft(name: str, settings: Settings) -> Method:
@@ -64,6 +68,15 @@ def _entries(name: str, terms: Sequence[Term], place: Place) -> Blended:
     """A method on single entries: the best part of its result that has the rank."""
     matrix = entrywise(name)(terms, place)
     return Blended(*low_rank(matrix, place.settings.rank_of(terms)))
+
+
+def _factors_only(name: str, terms: Sequence[Term], place: Place) -> Blended:
+    if any(term.rest is not None for term in terms):
+        raise InvalidError(
+            f"{place.name}: {name} works on factors, and a part of a change has none",
+            hint="adapter convert --rank R gives it factors first",
+        )
+    return _load(EXACT[name])(terms, place)
 
 
 def _load(path: str) -> Method:

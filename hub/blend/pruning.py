@@ -18,7 +18,7 @@ Merge = Callable[[Tensor, Tensor], Tensor]
 
 
 def streamed(term: Term) -> Streamed:
-    return Streamed(term.factors.shape, term.factors.rows)
+    return Streamed(term.shape, term.rows)
 
 
 def merged(terms: Sequence[Term], prunes: Sequence[Prune], merge: Merge) -> Streamed:
@@ -27,17 +27,17 @@ def merged(terms: Sequence[Term], prunes: Sequence[Prune], merge: Merge) -> Stre
 
     def block(start: int, stop: int) -> Tensor:
         rows = [
-            prune(term.factors.rows(start, stop), start)
+            prune(term.rows(start, stop), start)
             for term, prune in zip(terms, prunes, strict=True)
         ]
         return merge(torch.stack(rows), weights)
 
-    return Streamed(terms[0].factors.shape, block)
+    return Streamed(terms[0].shape, block)
 
 
 def by_magnitude(term: Term, density: float) -> Prune:
     """Keeps the int(density n) entries of largest magnitude; ties of magnitude stay together."""
-    n_entries = term.factors.shape[0] * term.factors.shape[1]
+    n_entries = term.shape[0] * term.shape[1]
     least = magnitude_at(streamed(term), int(density * n_entries))
     return lambda rows, _: torch.where(rows.abs() >= least, rows, 0.0)
 
@@ -69,4 +69,9 @@ def elected(changes: Tensor, sign: str) -> Tensor:
 
 def linear(terms: Sequence[Term], place: Place) -> Streamed:
     """Nothing is pruned."""
+    return weighted(terms)
+
+
+def weighted(terms: Sequence[Term]) -> Streamed:
+    """The weighted sum, row by row."""
     return merged(terms, [lambda rows, _: rows] * len(terms), weighted_sum)

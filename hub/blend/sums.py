@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from adapterkit.hub.blend.factors import Factors, Term, concatenated, inner, norm
+from adapterkit.hub.blend.pruning import weighted
 from adapterkit.hub.blend.settings import Blended, Place
+from adapterkit.hub.blend.streamed import low_rank
 from adapterkit.hub.blend.truncate import spectrum
 from adapterkit.registry.errors import InvalidError
 
@@ -16,12 +19,12 @@ LEAST_ANGLE = 1e-6
 
 def total(terms: Sequence[Term], place: Place) -> Blended:
     """sum w_k B_k A_k, of rank sum r_k; the best part of it where a rank is asked for."""
-    return _ranked(concatenated(terms), place.settings.rank)
+    return _ranked(terms, place.settings.rank)
 
 
 def svd(terms: Sequence[Term], place: Place) -> Blended:
     """The best approximation of the sum by the rank asked for, else the largest of the inputs."""
-    return _ranked(concatenated(terms), place.settings.rank_of(terms))
+    return _ranked(terms, place.settings.rank_of(terms))
 
 
 def average(terms: Sequence[Term], place: Place) -> Blended:
@@ -29,7 +32,7 @@ def average(terms: Sequence[Term], place: Place) -> Blended:
     whole = math.fsum(term.weight for term in terms)
     if whole == 0:
         raise InvalidError(f"{place.name}: weights that add up to 0 have no average")
-    parts = [Term(term.weight / whole, term.factors, term.index) for term in terms]
+    parts = [replace(term, weight=term.weight / whole) for term in terms]
     return total(parts, place)
 
 
@@ -62,7 +65,12 @@ def _arc(a: Factors, b: Factors, t: float) -> tuple[float, float]:
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def _ranked(whole: Factors, rank: int | None) -> Blended:
+def _ranked(terms: Sequence[Term], rank: int | None) -> Blended:
+    if any(term.rest is not None for term in terms):
+        if rank is None:
+            raise InvalidError("a sum with changes that have no factors needs a rank")
+        return Blended(*low_rank(weighted(terms), rank))
+    whole = concatenated(terms)
     if rank is None or whole.rank <= rank:
         return Blended(whole)
     found = spectrum(whole)
