@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 KINDS = {
     "fused_ia3": "adapterkit.hub.kinds.fused_ia3:FusedIa3",
+    "gated_lora": "adapterkit.hub.kinds.gated_lora:GatedLora",
     "fused_lora": "adapterkit.hub.kinds.fused_lora:FusedLora",
     "output_dora": "adapterkit.hub.kinds.output_dora:OutputDora",
     "square_vera": "adapterkit.hub.kinds.square_vera:SquareVera",
@@ -27,6 +28,12 @@ KINDS = {
     "lokr": "adapterkit.hub.kinds.lokr:Lokr",
     "ln_tuning": "adapterkit.hub.kinds.ln_tuning:LnTuning",
     "vera": "adapterkit.hub.kinds.vera:Vera",
+    "bottleneck": "adapterkit.hub.kinds.bottleneck:Bottleneck",
+    "compacter": "adapterkit.hub.kinds.compacter:Compacter",
+    "fusion": "adapterkit.hub.kinds.fusion:Fusion",
+    "llm_bottleneck": "adapterkit.hub.kinds.llm_bottleneck:LlmBottleneck",
+    "prefix": "adapterkit.hub.kinds.prefix:Prefix",
+    "prompt": "adapterkit.hub.kinds.prompt:Prompt",
     "trainable_tokens": "adapterkit.hub.kinds.trainable_tokens:TrainableTokens",
 }
 
