@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 from adapterkit.hub.matching import Patterns
 
@@ -41,6 +42,11 @@ class LoraFields:
     lora_bias: bool = False
     transposed_experts: bool = False
     replaced: ReplacedFields = ReplacedFields()
+
+    @classmethod
+    def scaled(cls, rank: int, scale: float, **others: Any) -> Self:
+        """With s itself, not alpha, as mlx-lm has it."""
+        return cls(rank, scale * rank, **others)
 
     def rank_of(self, module: str) -> int:
         return self.ranks.get(module, self.rank)

@@ -93,7 +93,8 @@ class Targets:
     modules: suffixes, or one regular expression over the whole path, or "all-linear", or None when
     the config names none. layers, layers_pattern: restriction to some layer numbers.
     saved: modules replaced as a whole, which are never targeted. parameters: ends of the paths of
-    parameters that are targeted themselves, whatever the other fields say.
+    parameters that are targeted themselves, whatever the other fields say. last: only as many
+    layers, counted from the last one. loose: an entry of the list may start inside of a name.
     """
 
     modules: tuple[str, ...] | str | None = None
@@ -102,6 +103,8 @@ class Targets:
     layers_pattern: tuple[str, ...] = ()
     saved: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    last: int | None = None
+    loose: bool = False
 
     @cached_property
     def _entries(self) -> frozenset[str]:
@@ -114,7 +117,11 @@ class Targets:
     def select(self, names: Mapping[str, Module]) -> list[str]:
         """The names that are targeted, in order."""
         patterns = Patterns()
-        return [name for name in names if self._is_target(name, names, patterns)]
+        found = [name for name in names if self._is_target(name, names, patterns)]
+        if self.last is None:
+            return found
+        first = 1 + max((_layer(name) or 0 for name in names), default=0) - self.last
+        return [name for name in found if (layer := _layer(name)) is None or layer >= first]
 
     def require_usable(self, names: Iterable[str]) -> None:
         """Raises DamagedError if a pattern is not a regex, or takes too long for any of `names`."""
@@ -131,6 +138,9 @@ class Targets:
         """Entries of the target list that no name ends with."""
         if not isinstance(self.modules, tuple):
             return []
+        if self.loose:
+            held = tuple(names)
+            return [e for e in self.modules if not any(name.endswith(e) for name in held)]
         every = {end for name in names for end in _ends(name)}
         return [entry for entry in self.modules if entry not in every]
 
@@ -168,7 +178,12 @@ class Targets:
             return patterns.match(self.modules, name, "target_modules") is not None
         if name in self._entries:
             return True
-        return not self._entries.isdisjoint(_ends(name)) and self._in_layers(name, patterns)
+        return self._is_listed(name) and self._in_layers(name, patterns)
+
+    def _is_listed(self, name: str) -> bool:
+        if self.loose:
+            return name.endswith(tuple(self._entries))
+        return not self._entries.isdisjoint(_ends(name))
 
     def _is_excluded(self, name: str, patterns: Patterns) -> bool:
         if isinstance(self.exclude, str):
@@ -191,6 +206,11 @@ class Targets:
 def _parameter(module: Module) -> str:
     """The path of its weight as a parameter."""
     return module.name if module.type == EXPERTS else f"{module.name}.weight"
+
+
+def _layer(name: str) -> int | None:
+    """The first number of a path."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
 def _layer_rule(pattern: str) -> str:

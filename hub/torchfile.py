@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from adapterkit.hub.findings import clean, several
 from adapterkit.hub.headers import DTYPE_BITS, MAX_VALUES, Header, Stored, refuse_other_formats
 from adapterkit.hub.pickled import Storage, View, read_pickle
 from adapterkit.hub.sources import ByteSource
 from adapterkit.hub.storedzip import LOCAL, members
+from adapterkit.hub.strided import Strided
 from adapterkit.registry.errors import DamagedError
 
 MAX_PICKLE = 1 << 25
@@ -26,8 +27,6 @@ MAX_KEY = 4096
 MAX_SHARING = 64
 PICKLE = b"\x80"
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-# memoryview format of an element, by its bytes
-ELEMENTS: dict[int, Literal["B", "H", "I", "Q"]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 Range = tuple[int, int]
 
 
@@ -36,41 +35,6 @@ class TorchFile(Header):
     """values: what stands beside the tensors: text, numbers, lists of them, by dotted key."""
 
     values: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Gathered:
-    """A view that is not one run of bytes: read row by row out of its storage."""
-
-    source: ByteSource
-    storage: Range
-    width: int
-    view: View
-    name: str
-    size: int
-
-    def read(self, start: int, size: int) -> bytes:
-        at, stop = self.storage
-        data = memoryview(self.source.read(at, stop - at)).cast(ELEMENTS[self.width])
-        axes = [pair for pair in zip(self.view.shape, self.view.stride, strict=True) if pair[0] > 1]
-        *outer, (count, step) = axes
-        row = count * self.width
-        first, last = start // row, -(-(start + size) // row)
-        inner = count, step
-        rows = b"".join(self._row(data, outer, index, inner) for index in range(first, last))
-        return rows[start - first * row :][:size]
-
-    def _row(
-        self, data: memoryview, outer: list[Range], index: int, inner: tuple[int, int]
-    ) -> bytes:
-        at = self.view.offset
-        for count, step in reversed(outer):
-            index, place = divmod(index, count)
-            at += place * step
-        count, step = inner
-        if step == 0:
-            return bytes(data[at : at + 1]) * count
-        return data[at : at + (count - 1) * step + 1 : step].tobytes()
 
 
 def read_torch(source: ByteSource) -> TorchFile:
@@ -218,8 +182,8 @@ class _Reader:
         if _is_run(view) or not count:
             self.tensors[path] = Stored(path, view.dtype, view.shape, self.source, at, at + size)
         else:
-            name = f"{self.source.name}, {path}"
-            source = Gathered(self.source, (start, stop), width, view, name, size)
+            part = (start, stop, width, view.offset, view.shape, view.stride)
+            source = Strided(self.source, *part, f"{self.source.name}, {path}", size)
             self.tensors[path] = Stored(path, view.dtype, view.shape, source, 0, size)
 
 

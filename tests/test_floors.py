@@ -18,8 +18,8 @@ BELOW = {
 STEPS = {
     "plain": {
         "findings", "headers", "sources", "adapter", "fields", "matching", "pickled", "storedzip",
-        "torchfile",
-        "bases/base", "bases/packed", "bases/places", "bases/values",
+        "strided", "torchfile",
+        "bases/base", "bases/attention", "bases/packed", "bases/places", "bases/values",
     },
     "maths": {"primitives", "tensors", "kinds", "quant", "blend"},
     "io": {

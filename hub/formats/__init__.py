@@ -19,6 +19,8 @@ from adapterkit.registry.errors import AdapterError, DamagedError, InvalidError,
 #   read(folder, config, allow_fields) -> Adapter
 #   HINTS, if the files may not say all: name -> what it is, for `--hint NAME=VALUE`
 FORMATS = {
+    "kohya": "adapterkit.hub.formats.kohya",
+    "mlx": "adapterkit.hub.formats.mlx",
     "loralib": "adapterkit.hub.formats.loralib",
     "adapterhub": "adapterkit.hub.formats.adapterhub",
     "peft": "adapterkit.hub.formats.peft",
@@ -26,10 +28,6 @@ FORMATS = {
 
 # Hints that are not of one format: `format` says which one it is where two are possible.
 FORMAT = "format"
-# Fields by which the configs of other tools that use the same file name are known.
-FOREIGN = {
-    "MLX-LM": ("fine_tune_type", "lora_parameters"),
-}
 
 
 def read_folder(folder: Folder, allow_fields: Collection[str] = ()) -> Adapter:
@@ -102,16 +100,10 @@ def _config(folder: Folder) -> dict[str, Any] | None:
 def _nobody(folder: Folder, config: Mapping[str, Any] | None) -> NotFoundError:
     """Why no format claims the folder."""
     if config is not None:
-        return NotFoundError(f"{clean(folder.name)}/{CONFIG}: {_reason(config)}")
+        about = "peft_type is missing, so this is not a PEFT adapter, and no other format has it"
+        return NotFoundError(f"{clean(folder.name)}/{CONFIG}: {about}")
     inside = sorted(path for path in folder.files if path.endswith(f"/{CONFIG}"))
     hint = f"give one of its subfolders: {', '.join(map(clean, inside[:10]))}" if inside else None
     state = "is empty" if not folder.files else "is not an adapter folder"
+    state = f"holds {len(inside)} adapters in subfolders" if len(inside) > 1 else state
     return NotFoundError(f"{clean(folder.name)} {state}: {CONFIG} is missing", hint=hint)
-
-
-def _reason(config: Mapping[str, Any]) -> str:
-    for tool, marks in FOREIGN.items():
-        if any(mark in config for mark in marks):
-            about = ", ".join(f"{mark} {clean(str(config.get(mark)), 40)}" for mark in marks)
-            return f"written by {tool} ({about}), a format this version does not read"
-    return "peft_type is missing, so this is not a PEFT adapter"

@@ -41,6 +41,10 @@ COMMON = frozenset(
 # `ensure_weight_tying` is without effect in PEFT for tables of any other name (GPT-2's `wte`).
 TIED_TABLES = ("embed_tokens", "lm_head")
 
+# Fields that only PEFT 0.2 and 0.3 wrote, whose target lists are looser.
+OLD = frozenset({"merge_weights", "enable_lora"})
+
+
 def targets(reader: ConfigReader) -> Targets:
     return Targets(
         modules=reader.names_or_pattern("target_modules"),
@@ -48,6 +52,7 @@ def targets(reader: ConfigReader) -> Targets:
         layers=reader.integers("layers_to_transform"),
         layers_pattern=reader.names("layers_pattern"),
         saved=reader.names("modules_to_save"),
+        loose=not OLD.isdisjoint(reader.config),
         parameters=reader.names("target_parameters"),
     )
 

@@ -42,7 +42,7 @@ BY_KIND = {
 
 
 # Formats that are read, beside those of PEFT, of which the type decides.
-READ = {"loralib"}
+READ = {"loralib", "mlx-lm"}
 PEFTS = {"peft", "moslora-v0.3", "moslora-v0.10"}
 
 
