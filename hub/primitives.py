@@ -6,12 +6,18 @@ For a module with weight W (out, in), bias b and input x, the output is y = rho 
 *Gains* act outside that sum: rho = prod (1 + w_k (l_k - 1)), P the same for inputs, where rotations
 take part in the order given. An embedding counts as W = table transposed (width, rows), which
 multiplies one-hot inputs.
+
+*Layer* updates act at a place of a layer (`bases/places.py`): one after the other, on rows of the
+batch or parts of the sequence, averaged or fused.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from adapterkit.hub.bases.places import Place
+from adapterkit.hub.fields import Mixing, Wiring
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,6 +68,18 @@ class DenseDelta:
 
 
 @dataclass(frozen=True, eq=False)
+class GatedLowRank:
+    """W x + g(x) B A x, g(x) = mean over positions of sigmoid(gate x + gate_bias).  B (out, r), A
+    (r, in), gate (k, in), gate_bias (k): of k gates, each is the factor of as many ranks.  It is
+    additive, but no change of a weight, as the factor depends on the input."""
+
+    B: Tensor
+    A: Tensor
+    gate: Tensor
+    gate_bias: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class OutputGain:
     """diag(l) around the sum, the bias too.  l (out)."""
 
@@ -85,6 +103,88 @@ class InputRotation:
     R: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class PrefixKV:
+    """Keys and values in front of those of one attention.  k, v (n, heads * head size).
+
+    heads: as the adapter records them, None where it does not. shifts: the real tokens stand at
+    positions behind it. gate (1 or 2, width) with gate_bias: k and v count as often as the mean
+    over positions of sigmoid(gate x + gate_bias), x being the input of the attention; two rows are
+    one for k and one for v.
+    """
+
+    k: Tensor
+    v: Tensor
+    heads: int | None = None
+    shifts: bool = True
+    gate: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class VirtualTokens:
+    """Rows among the embedded tokens.  e (n, width).
+
+    place: "front": before them; "flagged": instead of those that the caller marks; "embedded" and
+    "embedded_after_first": before, or after the first of, what the embedding block makes of them,
+    so that they have no position.
+    """
+
+    e: Tensor
+    place: str = "front"
+
+
+@dataclass(frozen=True, eq=False)
+class Bottleneck:
+    """u(z) = scale (up act(down z + down_bias) + up_bias), added at a place of a layer.
+
+    down (d, h), up (h, d), biases (d) and (h); scale: a number or, trained, (1) or (h).
+    norm_before, norm_after (2, h): weight and bias of a layer norm of z, and of the sum.
+    gate (h + 1): weights and bias of a sigmoid; its mean over the sequence multiplies u.
+    act: a name of transformers' `ACT2FN`. wiring: what z is, and what u is added to.
+    """
+
+    place: Place
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    act: str = "relu"
+    scale: float | Tensor = 1.0
+    norm_before: Tensor | None = None
+    norm_after: Tensor | None = None
+    gate: Tensor | None = None
+    wiring: Wiring = Wiring()
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """y1 = x1 + F(x2), y2 = x2 + G(y1) on the halves of what a place gives.  Dinh et al. 2014,
+    arXiv:1410.8516.  F and G: down (d, n_in), its bias, up (n_out, d), its bias."""
+
+    place: Place
+    F: tuple[Tensor, Tensor, Tensor, Tensor]
+    G: tuple[Tensor, Tensor, Tensor, Tensor]
+    act: str = "relu"
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """softmax_i(q z . k u_i) sum of v u_i, over the bottlenecks that `names` are joined of.
+
+    query, key (h, h + 1): weights and bias side by side; value (h, h); None for the identity.
+    """
+
+    place: Place
+    names: tuple[str, ...]
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    mixing: Mixing = Mixing()
+
+
 Additive = LowRank | RowScale | BiasShift | DenseDelta | Replace
 Gain = OutputGain | InputGain | InputRotation
-Primitive = Additive | Gain
+Context = PrefixKV | VirtualTokens
+Layer = Bottleneck | Coupling | Fusion
+Primitive = Additive | Gain | GatedLowRank | Layer | Context
