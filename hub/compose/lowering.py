@@ -72,7 +72,7 @@ class LiveSite:
         return tuple(name for name in mine if name not in held)
 
     def bias(self) -> Tensor | None:
-        bias = getattr(self.live, "bias", None)
+        bias = getattr(self.spot.module, "bias", None)
         return bias.detach().float() if isinstance(bias, Tensor) else None
 
     def weight(self) -> Tensor:
