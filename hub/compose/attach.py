@@ -15,6 +15,7 @@ from torch import nn
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import weighing
 from adapterkit.hub.compose.admit import Options, admit, refined
+from adapterkit.hub.compose.context import Context
 from adapterkit.hub.compose.lowering import Bound, Lowered, lower
 from adapterkit.hub.compose.model import describe_model
 from adapterkit.hub.compose.origin import Origin
@@ -33,7 +34,7 @@ from adapterkit.registry.errors import (
 # The handle lies on the model itself: whoever drops the model drops its adapters.
 HANDLE = "adapterkit_adapters"
 # One for each class of primitives, from the outside in.
-PARTS: tuple[Make, ...] = (Updates,)
+PARTS: tuple[Make, ...] = (Context, Updates)
 
 
 @dataclass(frozen=True)

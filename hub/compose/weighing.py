@@ -5,11 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from numbers import Real
+from typing import Any
 
 from adapterkit.hub.compose.admit import Dialect
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.findings import clean
-from adapterkit.hub.primitives import InputRotation, Primitive, Replace, RowScale
+from adapterkit.hub.primitives import (
+    InputRotation,
+    PrefixKV,
+    Primitive,
+    Replace,
+    RowScale,
+    VirtualTokens,
+)
 from adapterkit.registry.errors import InvalidError
 
 
@@ -44,6 +52,11 @@ def require_usable(
             f"rotations take no weight but 0 and 1: {turning}; a part of a rotation, or a negative"
             " one, is not a rotation"
         )
+    if standing := _shown(partial, weights, lowered, PrefixKV | VirtualTokens):
+        raise InvalidError(
+            f"prefixes and virtual tokens take no weight but 0 and 1: {standing}; they stand in"
+            " front of the input or do not: attention is not linear in them"
+        )
     scaled = _shown(partial, weights, lowered, RowScale) if dialect == "peft" else ""
     if scaled:
         raise InvalidError(
@@ -77,7 +90,7 @@ def require_whole(
 
 
 def _shown(
-    names: Iterable[str], weights: Mapping[str, float], lowered: Mapping[str, Lowered], kind: type
+    names: Iterable[str], weights: Mapping[str, float], lowered: Mapping[str, Lowered], kind: Any
 ) -> str:
     """name=weight of those that lower to a primitive of this kind."""
     return ", ".join(

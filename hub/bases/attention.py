@@ -1,0 +1,68 @@
+"""Where a model attends, seen from the names of the layers that make its keys."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adapterkit.hub.bases.base import Module
+
+SELF, CROSS, ENCODER = "self", "cross", "encoder"
+# last names of what makes the keys -> which share of its outputs they are. Of a family that calls
+# it otherwise nothing is known here, and prefixes for it are refused.
+KEYS = {
+    "self_attn.k_proj": 1,
+    "attention.self.key": 1,
+    "SelfAttention.k": 1,
+    "attn.c_attn": 3,
+    "attention.query_key_value": 3,
+}
+CROSS_KEYS = {"encoder_attn.k_proj": 1, "crossattention.self.key": 1, "EncDecAttention.k": 1}
+NUMBER = re.compile(r"\.(\d{1,9})\.")
+# Ends of what the first table is called that turns token ids into vectors.
+TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """path: of the module. width: of its keys, heads times head size; those that groups of query
+    heads share count once."""
+
+    path: str
+    width: int
+
+
+def attentions(modules: Mapping[str, Module], place: str) -> list[Attention]:
+    """All of one place, in the order of their layers: SELF in a model of one stack, or in the
+    decoder; ENCODER, and CROSS, only where there are two stacks."""
+    keys = {name: end for name in modules if (end := _end(name)) is not None}
+    stacks = {stack for name in keys for stack in ("encoder", "decoder") if _is_in(stack, name)}
+    found: dict[int, Attention] = {}
+    for name, end in keys.items():
+        number = NUMBER.search(f".{name}")
+        if end in CROSS_KEYS:
+            here = CROSS
+        else:
+            here = ENCODER if len(stacks) == 2 and _is_in("encoder", name) else SELF
+        if number is not None and here == place:
+            width = modules[name].n_out // (KEYS | CROSS_KEYS)[end]
+            found[int(number[1])] = Attention(name.rpartition(".")[0], width)
+    return [found[layer] for layer in sorted(found)]
+
+
+def _end(name: str) -> str | None:
+    """The row of a table that a module's name ends with."""
+    parts = name.split(".")
+    ends = (".".join(parts[-n:]) for n in (3, 2))
+    return next((end for end in ends if end in KEYS or end in CROSS_KEYS), None)
+
+
+def _is_in(stack: str, name: str) -> bool:
+    return stack in name.split(".")
+
+
+def token_width(modules: Mapping[str, Module]) -> int | None:
+    """Of an embedded token; None where no table has a name that is known."""
+    widths = (m.shape[-1] for n, m in modules.items() if n.rpartition(".")[2] in TABLES)
+    return next(widths, None)

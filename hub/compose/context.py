@@ -1,0 +1,226 @@
+"""Prefixes and virtual tokens: what stands in front of the input of a live model.
+
+They are written once, where a sequence starts: into the empty cache, and before the embedded
+tokens. From then on the cache has them, and every step only sees a longer mask and later positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from adapterkit.hub.bases.base import Base
+from adapterkit.hub.compose import caches, inputs, outputs
+from adapterkit.hub.compose.admit import Options
+from adapterkit.hub.compose.gates import Gates
+from adapterkit.hub.compose.inputs import Call
+from adapterkit.hub.compose.lowering import Lowered
+from adapterkit.hub.compose.standing import Standing, standing
+from adapterkit.hub.compose.swap import Forward, Swap
+from adapterkit.hub.compose.twostacks import TwoStacks
+from adapterkit.registry.errors import InvalidError, MismatchError
+
+CACHE, FLAGS, MASK, POSITIONS = "past_key_values", "block_flag", "attention_mask", "position_ids"
+EMBEDS, LENGTH = "inputs_embeds", "past_key_values_length"
+IGNORED = -100
+# Families whose positions follow from the mask.
+BY_MASK = {"bloom"}
+
+
+class Context:
+    """Swapped forwards of the model, of its body, and of what embeds or encodes its input."""
+
+    def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
+        self._model: Any = model
+        self._keep = options.virtual_outputs
+        self._standing: Standing | None = None
+        self._swaps: list[Swap] = []
+        self._gates = Gates(model)
+        self._flags: object = None
+        self._starts = False  # whether the forward that runs is the first of its sequence
+
+    def plan(
+        self, active: Mapping[str, float], lowered: Mapping[str, Lowered]
+    ) -> Callable[[], None]:
+        found = standing(self._model, active, lowered)
+        if found is not None:
+            self._require_possible(found)
+            if not self._swaps:
+                self._install()
+        return partial(self._switch, found)
+
+    def remove(self) -> None:
+        self._switch(None)
+        for swap in reversed(self._swaps):
+            swap.remove()
+        self._swaps.clear()
+
+    def _switch(self, found: Standing | None) -> None:
+        self._standing = found
+        self._gates.switch(found.gates if found is not None else {})
+
+    @property
+    def _body(self) -> Any:
+        return self._model.base_model
+
+    @property
+    def _names(self) -> set[str]:
+        return set(inspect.signature(self._body.forward).parameters)
+
+    @property
+    def _block(self) -> Any:
+        """What embeds the tokens and gives them positions, where that is one module."""
+        return getattr(self._body, "embeddings", None)
+
+    def _require_possible(self, found: Standing) -> None:
+        if not isinstance(self._model, PreTrainedModel):
+            raise MismatchError("prefixes and virtual tokens need a model of transformers")
+        config, body = self._model.config, type(self._body).__name__
+        pair = bool(config.is_encoder_decoder)
+        if not pair and config.get_text_config(decoder=True) is not config:
+            raise MismatchError(f"{body} is more than a model of text: it takes no prefix")
+        unmoved = found.n_keys > found.n_shifting
+        lacks = [
+            (bool(found.prefixes), CACHE in self._names, f"takes no {CACHE}"),
+            (found.shift > 0, pair or EMBEDS in self._names, f"takes no {EMBEDS}"),
+            (bool(found.embedded), self._block is not None and not pair, "has no embedding block"),
+            (unmoved, POSITIONS in self._names and not pair, f"takes no {POSITIONS}"),
+        ]
+        for needed, there, lack in lacks:
+            if needed and not there:
+                raise MismatchError(f"{body} {lack}, which the active prefix or prompt needs")
+
+    def _install(self) -> None:
+        if self._model.config.is_encoder_decoder:
+            stacks = TwoStacks(self._model, lambda: self._standing, self._embedded)
+            self._swaps += stacks.install()
+        else:
+            self._swaps.append(Swap(self._body, self._run_body))
+            if self._block is not None:
+                self._swaps.append(Swap(self._block, self._run_block))
+        self._swaps.append(Swap(self._model, self._run_model, (FLAGS,)))
+
+    def _run_model(self, original: Forward, call: Call) -> Any:
+        """The whole model: what only it knows of the call."""
+        self._flags = call.pop(FLAGS, None)
+        if self._standing is not None and self._keep:
+            self._extend_labels(call, self._standing)
+        try:
+            return original(**call)
+        finally:
+            self._flags = None
+
+    def _extend_labels(self, call: Call, found: Standing) -> None:
+        """Virtual positions have no label; whole sequences have one, wherever they start."""
+        n, labels = found.n_front + found.n_embedded, call.get("labels")
+        whole = type(self._model).__name__.endswith("ForSequenceClassification")
+        if not n or not isinstance(labels, Tensor) or whole or self._model.config.is_encoder_decoder:
+            return
+        if labels.ndim == 2:
+            front = labels.new_full((labels.shape[0], n), IGNORED)
+            call["labels"] = torch.cat([front, labels], dim=1)
+
+    def _run_body(self, original: Forward, call: Call) -> Any:
+        """The model without its head: it sees what stands in front, and its head does not."""
+        found, cache = self._standing, call.get(CACHE)
+        if found is None:
+            caches.require_own(cache, None)
+            return original(**call)
+        seen = caches.length(cache)
+        self._starts = seen == 0
+        if not self._starts:
+            caches.require_own(cache, found.activation)
+        _, length = inputs.shape(call)
+        past = max(seen - found.held, 0)
+        self._move(call, found, past)
+        inputs.extend_mask(call, MASK, found.held, past + length, _tokens(call))
+        if self._starts:
+            self._start(call, found)
+        inputs.require_room(found.shift + past + length, self._model.config, self._reserved())
+        wanted = call.pop("return_dict", None)
+        output = original(**call, return_dict=True)
+        caches.mark(output.get(CACHE), found.activation)
+        if self._starts and not self._keep:
+            for start, n in reversed(_inserted(found)):
+                output = outputs.cut(output, start, n)
+        as_dict = self._model.config.return_dict if wanted is None else wanted
+        return output if as_dict else output.to_tuple()
+
+    def _move(self, call: Call, found: Standing, past: int) -> None:
+        """The positions of real tokens, behind everything they stand behind."""
+        if POSITIONS not in self._names:
+            family = self._model.config.model_type
+            if found.held and family not in BY_MASK and inputs.is_left_padded(call.get(MASK)):
+                raise InvalidError(
+                    f"{family} takes no {POSITIONS}, so that behind a prefix or a prompt rows that"
+                    " are padded on the left cannot stand where shorter ones would",
+                    hint="pad on the right, or give rows of one length",
+                )
+            return
+        if call.get(POSITIONS) is None and found.n_keys > found.n_shifting and self._block is None:
+            tokens = _tokens(call)
+            length = tokens.shape[1]
+            call[POSITIONS] = torch.arange(past, past + length, device=tokens.device)[None]
+        inputs.shift_positions(call, found.shift, found.n_front if self._starts else 0)
+
+    def _start(self, call: Call, found: Standing) -> None:
+        """What stands in front, where a sequence starts."""
+        batch, _ = inputs.shape(call)
+        dtype = self._body.get_input_embeddings().weight.dtype
+        if found.flagged is not None or found.front is not None:
+            embeds = self._embedded(call, self._body, found)
+            dtype = embeds.dtype
+            if found.front is not None:
+                inputs.put_in_front(call, found.front, embeds)
+        if found.prefixes:
+            if call.get(CACHE) is None:
+                # sliding windows need to be told from the config; encoders have none
+                call[CACHE] = DynamicCache(config=self._model.config)
+            caches.fill(call[CACHE], found.prefixes, batch, dtype)
+
+    def _embedded(self, call: Call, stack: Any, found: Standing) -> Tensor:
+        """The tokens as vectors, those that the caller marked replaced."""
+        embeds: Tensor | None = call.get(EMBEDS)
+        if embeds is None:
+            embeds = stack.get_input_embeddings()(call["input_ids"])
+        if found.flagged is not None:
+            embeds = inputs.flag(embeds, found.flagged, self._flags)
+        call[EMBEDS], call["input_ids"] = embeds, None
+        return embeds
+
+    def _run_block(self, original: Forward, call: Call) -> Any:
+        """The embedding block: positions count prefixes that shift, and rows follow what it gives."""
+        found = self._standing
+        if found is None:
+            return original(**call)
+        if call.get(LENGTH):
+            call[LENGTH] -= found.n_keys - found.n_shifting
+        embedded: Tensor = original(**call)
+        for rows, behind_first in found.embedded if self._starts else ():
+            new = rows.to(embedded.device, embedded.dtype).expand(len(embedded), *rows.shape)
+            start = int(behind_first)
+            embedded = torch.cat([embedded[:, :start], new, embedded[:, start:]], dim=1)
+        return embedded
+
+    def _reserved(self) -> int:
+        """Positions that no token gets: RoBERTa's first ones, up to that of padding."""
+        padding = getattr(self._block, "padding_idx", None)
+        return padding + 1 if isinstance(padding, int) else 0
+
+
+def _tokens(call: Call) -> Tensor:
+    ids: Tensor | None = call.get("input_ids")
+    embeds: Tensor = call[EMBEDS] if ids is None else ids
+    return embeds
+
+
+def _inserted(found: Standing) -> list[tuple[int, int]]:
+    """(start, number) of all rows that became positions, in the order they were put in."""
+    front = [(0, found.n_front)] if found.n_front else []
+    return front + [(int(behind), len(rows)) for rows, behind in found.embedded]
