@@ -83,5 +83,6 @@ ADALORA = PeftType(
         **peft_lora.REFUSED,
         "use_dora": "magnitudes are trained (DoRA), which PEFT refuses for this type",
         "lora_bias": "B has a bias, which PEFT refuses for this type",
+        "target_parameters": "parameters that are not modules are adapted, without their E",
     },
 )
