@@ -300,6 +300,7 @@ class BottleneckFields:
     wiring: Wiring = Wiring()
     phm: PhmFields | None = None
     width: int | None = None
+    replaced: ReplacedFields = ReplacedFields()
 
     def size(self, layer: int, width: int) -> int | None:
         """d of a layer; None if the config has no factor for it."""
@@ -345,3 +346,4 @@ class LlmBottleneckFields:
     scaling: float = 1.0
     learned: bool = False
     parallel: bool = False
+    replaced: ReplacedFields = ReplacedFields()

@@ -223,7 +223,7 @@ def _width(place: Place, layer: str, modules: Mapping[str, Module]) -> int | Non
 def _embeddings(row: Row, modules: Mapping[str, Module]) -> Iterator[Found]:
     for name, module in modules.items():
         if row.embeddings and (name == row.width or name.endswith(f".{row.width}")):
-            prefix = name.removesuffix(row.width)
-            place = Place(f"{prefix}{row.embeddings}")
-            yield Found(prefix.rstrip("."), EMBEDDINGS, -1, module.n_out, place)
+            path = f"{name.removesuffix(row.width)}{row.embeddings}"
+            layer = path.rpartition(".")[0]
+            yield Found(layer, EMBEDDINGS, -1, module.n_out, Place(path))
             return

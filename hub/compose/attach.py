@@ -15,6 +15,10 @@ from torch import nn
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import weighing
 from adapterkit.hub.compose.admit import Options, admit, refined
+from adapterkit.hub.compose.blocks import Block, Setup
+from adapterkit.hub.compose.entry import Entry
+from adapterkit.hub.compose.fusions import joined_by, require_composed, require_unused
+from adapterkit.hub.compose.layers import Layers
 from adapterkit.hub.compose.context import Context
 from adapterkit.hub.compose.lowering import Bound, Lowered, lower
 from adapterkit.hub.compose.model import describe_model
@@ -34,7 +38,7 @@ from adapterkit.registry.errors import (
 # The handle lies on the model itself: whoever drops the model drops its adapters.
 HANDLE = "adapterkit_adapters"
 # One for each class of primitives, from the outside in.
-PARTS: tuple[Make, ...] = (Context, Updates)
+PARTS: tuple[Make, ...] = (Context, Entry, Layers, Updates)
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Adapters:
         self._modules = dict(model.named_modules())
         self._lowered: dict[str, Lowered] = {}
         self._parts: list[Part] = [make(model, base, options) for make in PARTS]
-        self._active: dict[str, float] = {}
+        self._active = Setup({})
         self._origin = Origin(base.name)
         self._own_heads: set[str] = set()  # that only adapters have: random until one is active
         self._detached = False
@@ -84,6 +88,11 @@ class Adapters:
         """For each adapter, every tensor of its file and what it was bound to, and its bytes."""
         return {name: Report(found.bound, found.size) for name, found in self._lowered.items()}
 
+    def joined(self, name: str) -> tuple[str, ...]:
+        """The adapters that the fusion of that name joins; () for any other adapter."""
+        self._known([name])
+        return joined_by(self._lowered[name])
+
     def add(self, name: str, source: Source) -> None:
         """Attaches one more, inactive. Raises ConflictError if the name is taken, MismatchError
         with all findings if it does not fit; then nothing has changed."""
@@ -98,23 +107,29 @@ class Adapters:
         self._lowered[name] = lowered
 
     def remove(self, name: str) -> None:
-        """Forgets one; the others stay as active as they were."""
+        """Forgets one; the others stay as active as they were. Raises ConflictError if the active
+        composition names it: what would be left of that is not said."""
         self._known([name])
-        remaining = {other: w for other, w in self._active.items() if other != name}
-        self.activate(remaining)
+        if self._active.is_composed:
+            require_unused(name, self._active, self._lowered)
+        else:
+            remaining = {other: w for other, w in self._active.items() if other != name}
+            self.activate(remaining)
         del self._lowered[name]
 
-    def activate(self, weights: Mapping[str, float] | Sequence[str]) -> None:
+    def activate(self, weights: Mapping[str, float] | Sequence[str] | Block) -> None:
         """Makes the model the base plus sum of weight * adapter; names left out are 0.
 
-        weights: finite numbers, negative ones subtract; a plain list of names means 1 each.
+        weights: finite numbers, negative ones subtract; a plain list of names means 1 each; a
+        block (Stack, Fuse, ...) composes what acts in layers.
         """
         self._require_attached()
         given = weighing.parse(weights)
         self._known(given)
         weighing.require_usable(given, self._lowered, self._options.dialect)
         weighing.require_whole(given, self._lowered, self._own_heads)
-        active = {name: float(weight) for name, weight in given.items() if weight != 0}
+        active = weighing.setup(weights, given)
+        require_composed(active, self._lowered)
         switches = [part.plan(active, self._lowered) for part in self._parts]
         for switch in switches:  # nothing above can leave half of it active
             switch()
@@ -125,7 +140,7 @@ class Adapters:
         for part in reversed(self._parts):
             part.remove()
         self._lowered.clear()
-        self._active = {}
+        self._active = Setup({})
         if vars(self._model).get(HANDLE) is self:
             del vars(self._model)[HANDLE]
         self._detached = True
@@ -157,7 +172,8 @@ def attach(
     options: Options | None = None,
     **settings: Any,
 ) -> Adapters:
-    """Attaches adapters to a transformers model and activates each with weight 1.
+    """Attaches adapters to a transformers model and activates each with weight 1, but a fusion,
+    which acts in a Fuse alone.
 
     adapters: names -> references or folders, or a plain list of them. settings: the fields of
     Options (registry, dtype, strict, allow_fields, dialect, virtual_outputs).
@@ -171,7 +187,7 @@ def attach(
     for name, source in sources.items():
         found.add(name, source)
     try:
-        found.activate(list(sources))
+        found.activate([name for name in sources if not found.joined(name)])
     except BaseException:
         found.detach()
         raise

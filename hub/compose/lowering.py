@@ -16,11 +16,12 @@ from adapterkit.hub.bases.spelling import Slot, spelled
 from adapterkit.hub.compose import experts
 from adapterkit.hub.compose.model import weights_of
 from adapterkit.hub.compose.origin import Origin
+from adapterkit.hub.compose.placing import settle
 from adapterkit.hub.compose.spots import Spot, Spots
 from adapterkit.hub.findings import clean
 from adapterkit.hub.kinds import kind, schema_of
 from adapterkit.hub.kinds.base import Used, Whole
-from adapterkit.hub.primitives import DenseDelta, InputRotation, LowRank, Primitive
+from adapterkit.hub.primitives import DenseDelta, InputRotation, Layer, LowRank, Primitive
 from adapterkit.hub.rooting import rooted
 from adapterkit.hub.tensors import read_finite
 from adapterkit.registry.errors import MismatchError
@@ -208,7 +209,8 @@ def _fate(role: str, copies: set[str], primitives: str) -> str:
 
 def _tensors(primitive: Primitive) -> list[Tensor]:
     held = (getattr(primitive, field.name) for field in fields(primitive))
-    return [value for value in held if isinstance(value, Tensor)]
+    flat = (one for value in held for one in (value if isinstance(value, tuple) else (value,)))
+    return [value for value in flat if isinstance(value, Tensor)]
 
 
 def _without_copies(
@@ -229,6 +231,8 @@ def _placed(primitive: Primitive, spot: Spot, dtype: torch.dtype | None) -> Prim
     Scales, gains, rotations and shifts stay float32: they are small, and an error in them is one of
     the whole output.
     """
+    if isinstance(primitive, Layer):
+        return settle(primitive, spot, dtype)
     device, compute = spot.device, dtype or spot.dtype
     if isinstance(primitive, LowRank) and primitive.rank_scale is not None and primitive.A.ndim < 3:
         return _kept(primitive, device)

@@ -9,6 +9,7 @@ from torch import nn
 
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
+from adapterkit.hub.compose.blocks import Setup
 from adapterkit.hub.compose.lowering import Lowered
 
 
@@ -19,10 +20,8 @@ class Part(Protocol):
     switches to them and cannot fail, so that nothing is ever active by half.
     """
 
-    def plan(
-        self, active: Mapping[str, float], lowered: Mapping[str, Lowered]
-    ) -> Callable[[], None]:
-        """active: names in the order given -> weights other than 0."""
+    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> Callable[[], None]:
+        """active: names in the order given -> weights other than 0, and how they are composed."""
         ...
 
     def remove(self) -> None:

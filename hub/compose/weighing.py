@@ -8,6 +8,7 @@ from numbers import Real
 from typing import Any
 
 from adapterkit.hub.compose.admit import Dialect
+from adapterkit.hub.compose.blocks import Block, Setup, channels, require_valid
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.findings import clean
 from adapterkit.hub.primitives import (
@@ -30,6 +31,15 @@ def parse(weights: object) -> dict[str, float]:
     if wrong:
         raise InvalidError(f"weights must be finite numbers, found {clean(', '.join(wrong))}")
     return {name: float(weight) for name, weight in given.items()}
+
+
+def setup(weights: object, given: Mapping[str, float]) -> Setup:
+    """What is to be active. Raises InvalidError for blocks that are nested as they cannot be."""
+    if not isinstance(weights, Block):
+        return Setup({name: weight for name, weight in given.items() if weight != 0})
+    require_valid(weights)
+    channels(weights)
+    return Setup(given, weights)
 
 
 def is_weight(value: object) -> bool:

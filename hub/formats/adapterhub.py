@@ -133,9 +133,9 @@ def _method(config: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], Ar
     value = method.get("architecture")
     chosen = BOTTLENECK if value is None else value
     if isinstance(chosen, str) and chosen in ARCHITECTURES:
-        return method, architecture(chosen)
+        return method, architecture(chosen).placed(method)
     about = f"AdapterHub adapters of architecture {clean(str(chosen), 60)}"
-    if chosen in OTHER_ARCHITECTURES:
+    if isinstance(chosen, str) and chosen in OTHER_ARCHITECTURES:
         raise NotFoundError(
             f"{clean(name)}: {about} are known, but not applied by this version",
             hint=f"this version reads {', '.join(ARCHITECTURES)}",

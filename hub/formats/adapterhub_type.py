@@ -4,7 +4,7 @@ keys are read."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -64,7 +64,8 @@ class Architecture:
     `kinds.replaced` checks and lowers.
     known: fields it reads; inert: fields that change nothing in a saved adapter; refused: those
     that change the result and are not applied -> why. refusals: what else the config asks for in
-    vain. repeated: roles of tensors that the library writes again under every layer.
+    vain. repeated: roles of tensors that the library writes again under every layer. placing: the
+    method's config -> what stands for `place`, where keys mean what the config says.
     """
 
     kind: str | Callable[[Mapping[str, Any], Outer], str]
@@ -76,6 +77,11 @@ class Architecture:
     refusals: Callable[[Mapping[str, Any], Outer], list[Finding]] = _none
     targets: Callable[[ConfigReader, Outer, Paths], Targets] = _no_targets
     repeated: frozenset[str] = frozenset()
+    placing: Callable[[Mapping[str, Any]], Callable[[Key], Place | None]] | None = None
+
+    def placed(self, config: Mapping[str, Any]) -> Architecture:
+        """With the `place` that this config asks for."""
+        return self if self.placing is None else replace(self, place=self.placing(config))
 
     def kind_of(self, config: Mapping[str, Any], outer: Outer) -> str:
         return self.kind if isinstance(self.kind, str) else self.kind(config, outer)
@@ -84,6 +90,7 @@ class Architecture:
 # `config.architecture` -> its row; a missing or null one means a bottleneck.
 BOTTLENECK = "bottleneck"
 ARCHITECTURES = {
+    BOTTLENECK: "adapterkit.hub.formats.adapterhub_bottleneck:BOTTLENECK",
     "lora": "adapterkit.hub.formats.adapterhub_lora:LORA",
 }
 # Those that the library writes; the ones without a row above are refused by name.

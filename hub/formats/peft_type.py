@@ -51,6 +51,7 @@ class PeftType:
 
 PEFT_TYPES = {
     "IA3": "adapterkit.hub.formats.peft_ia3:IA3",
+    "BOTTLENECK": "adapterkit.hub.formats.llm_adapters:BOTTLENECK",
     "LORA": "adapterkit.hub.formats.peft_lora:LORA",
     "OFT": "adapterkit.hub.formats.peft_oft:OFT",
     "ADALORA": "adapterkit.hub.formats.peft_adalora:ADALORA",

@@ -1,0 +1,76 @@
+"""The batch as a setup needs it: repeated for Parallel, of the given size for BatchSplit.
+
+Rows of a batch do not see each other, so repeating them where the model is entered gives what
+repeating them at the first place that needs it does (there the library repeats them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from adapterkit.hub.bases.base import Base
+from adapterkit.hub.compose.blocks import BatchSplit, Block, Setup, channels
+from adapterkit.hub.compose.lowering import Lowered
+from adapterkit.registry.errors import InvalidError
+
+
+class Entry:
+    def __init__(self, model: nn.Module, base: Base, dialect: str) -> None:
+        self._model = model
+        self._handle: RemovableHandle | None = None
+        self._copies = 1
+        self._sizes: tuple[tuple[int, ...], ...] = ()
+
+    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> Callable[[], None]:
+        block = active.block if active.is_composed else None
+        copies = channels(block) if block else 1
+        sizes = _outermost(block) if block else ()
+        return lambda: self._switch(copies, sizes)
+
+    def _switch(self, copies: int, sizes: tuple[tuple[int, ...], ...]) -> None:
+        self._copies, self._sizes = copies, sizes
+        if copies > 1 or sizes:
+            if self._handle is None:
+                self._handle = self._model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        else:
+            self.remove()
+
+    def remove(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    def _enter(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim]
+        rows = len(tensors[0]) if tensors else 0
+        for sizes in self._sizes:
+            if sum(sizes) != rows:
+                raise InvalidError(f"batch_sizes {list(sizes)} are {sum(sizes)} rows, found {rows}")
+        if self._copies == 1:
+            return args, kwargs
+        if kwargs.get("past_key_values") is not None:
+            raise InvalidError(
+                "Parallel repeats the batch, which a cache of earlier tokens cannot follow",
+                hint="repeat the batch yourself and use BatchSplit",
+            )
+        copied = {name: self._repeated(value, rows) for name, value in kwargs.items()}
+        return tuple(self._repeated(value, rows) for value in args), copied
+
+    def _repeated(self, value: Any, rows: int) -> Any:
+        if not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
+            return value
+        return value.repeat(self._copies, *[1] * (value.ndim - 1))
+
+
+def _outermost(block: Block) -> tuple[tuple[int, ...], ...]:
+    """batch_sizes of what sees the whole batch."""
+    if isinstance(block, BatchSplit):
+        return (block.batch_sizes,)
+    inner = (child for child in block.children if isinstance(child, Block))
+    return tuple(sizes for child in inner for sizes in _outermost(child))
