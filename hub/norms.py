@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # Roles whose effect is relative to the base's weight, beside factors that are not.
-RELATIVE = ("magnitude", "lambda_b", "lambda_d")
+RELATIVE = ("magnitude", "lambda_b", "lambda_d", "outer", "inner")
 
 
 class NeedsBaseError(AdapterError):

@@ -57,13 +57,13 @@ def read(reader: ConfigReader, outer: Outer, paths: Paths) -> FusedLoraFields:
     for name in ("use_dora", "use_gating"):
         reader.flag(name)
     old = outer.version is not None and outer.version < SCALED
-    enabled = matrices(reader)
-    fused = FUSED.get(outer.model_type)
+    enabled = tuple(part in matrices(reader) for part in "qkv")
+    fused = FUSED.get(outer.model_type) if any(enabled) else None
     return FusedLoraFields(
         rank=rank,
         alpha=rank if old else alpha,
         dora=reader.flag("use_dora"),
-        fused={fused: tuple(part in enabled for part in "qkv")} if fused else {},
+        fused={fused: enabled} if fused else {},
     )
 
 

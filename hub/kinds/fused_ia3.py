@@ -16,7 +16,7 @@ from adapterkit.hub.fields import FusedLoraFields
 from adapterkit.hub.findings import Finding
 from adapterkit.hub.kinds import replaced, targeted
 from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
-from adapterkit.hub.kinds.fused_lora import TYPES, rows_of
+from adapterkit.hub.kinds.fused_lora import TYPES, rows_in, rows_of
 from adapterkit.hub.kinds.targeted import OUT, Form, Rules, Tensors
 from adapterkit.hub.primitives import OutputGain
 
@@ -58,6 +58,8 @@ def _rules(fields: FusedLoraFields) -> Rules:
 def _whole(gain: Tensor, parts: tuple[bool, ...]) -> Tensor:
     """The vector of all outputs, ones where a matrix has none."""
     height = len(gain) // sum(parts)
-    whole = gain.new_ones(len(parts), height)
-    whole[[at for at, enabled in enumerate(parts) if enabled]] = gain.reshape(-1, height)
-    return whole.flatten()
+    whole = gain[rows_in(parts, height)]
+    for at, enabled in enumerate(parts):
+        if not enabled:
+            whole[at * height : (at + 1) * height] = 1
+    return whole

@@ -73,15 +73,23 @@ def rows_of(parts: tuple[bool, ...], n_out: int) -> int:
     return n_out // len(parts) * sum(parts)
 
 
+def rows_in(parts: tuple[bool, ...], height: int) -> list[int]:
+    """For each output of the whole module, its row in what holds the parts alone; 0 for the rows of
+    a part that is not there."""
+    starts = [sum(parts[:at]) * height if on else None for at, on in enumerate(parts)]
+    return [0 if start is None else start + row for start in starts for row in range(height)]
+
+
 def block_diagonal(b: Tensor, parts: tuple[bool, ...]) -> Tensor:
     """B (out, k r) of the whole module, from that of its parts, (k out / n, r)."""
-    count, rank = sum(parts), b.shape[1]
     if len(parts) == 1:
         return b
+    count, rank = sum(parts), b.shape[1]
     height = b.shape[0] // count
-    whole = b.new_zeros(height * len(parts), count * rank)
-    places = [at for at, enabled in enumerate(parts) if enabled]
-    for i, at in enumerate(places):
-        rows = slice(at * height, (at + 1) * height)
-        whole[rows, i * rank : (i + 1) * rank] = b[i * height : (i + 1) * height]
+    whole = b[rows_in(parts, height)][:, list(range(rank)) * count]
+    for at, enabled in enumerate(parts):
+        rows, own = slice(at * height, (at + 1) * height), sum(parts[:at])
+        for group in range(count):
+            if not enabled or group != own:
+                whole[rows, group * rank : (group + 1) * rank] = 0
     return whole

@@ -69,7 +69,7 @@ def _factors(site: Site, outer: Tensor, inner: Tensor, scale: float) -> LowRank:
     """Diagonal matrices are scales of the shared factors, which then stay shared."""
     a, b = site.shared[A], site.shared[B]
     if _is_diagonal(outer) and _is_diagonal(inner):
-        return LowRank(b, a, scale, out_scale=outer.diagonal(), rank_scale=inner.diagonal())
+        return LowRank(b, a, scale, out_scale=outer.diagonal() + 0, rank_scale=inner.diagonal() + 0)
     return LowRank(outer @ b.to(outer), inner @ a.to(inner), scale)
 
 
