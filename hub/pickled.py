@@ -205,7 +205,7 @@ class _Reader:
         """`state_dict()` has an attribute with the versions of its modules; nothing else has."""
         state = self.pop()
         self.top(dict)
-        if not isinstance(state, dict) or state.keys() > {"_metadata"}:
+        if not isinstance(state, dict) or state.keys() - {"_metadata"}:
             raise self.refuse("a dictionary with attributes")
 
     def persistent(self, _: Any) -> None:

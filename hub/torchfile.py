@@ -167,7 +167,7 @@ class _Reader:
         width = _width(view.dtype)
         reach = sum((n - 1) * s for n, s in zip(view.shape, view.stride, strict=True))
         count = 0 if 0 in view.shape else _product(view.shape)
-        end = (view.offset + (reach + 1 if count else 0)) * width
+        end = (view.offset + reach + 1) * width if count else 0
         size = count * width
         if end > stop - start or size > stop - start or (stop - start) % width:
             self.faults.append(
@@ -178,7 +178,7 @@ class _Reader:
         self.bytes += size
         if self.bytes > MAX_SHARING * self.source.size:
             raise DamagedError(f"{self.name} has tensors that are larger together than the file")
-        at = start + view.offset * width
+        at = start + (view.offset * width if count else 0)
         if _is_run(view) or not count:
             self.tensors[path] = Stored(path, view.dtype, view.shape, self.source, at, at + size)
         else:

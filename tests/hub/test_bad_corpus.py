@@ -33,9 +33,6 @@ def other_type(folder: Path) -> str | None:
         return None
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
-    except FileNotFoundError:
-        weights = any(path.name.startswith("adapter_model") for path in folder.iterdir())
-        return None if weights else "adapter_config.json is missing"
     except (ValueError, OSError):
         return None
     if isinstance(config, dict) and "version" in config and "peft_type" not in config:

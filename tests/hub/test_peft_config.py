@@ -268,6 +268,7 @@ def test_a_folder_without_config_or_weights_says_what_is_missing(make: Make) -> 
     with pytest.raises(NotFoundError, match="adapter_model.safetensors is missing"):
         read(folder)
     (folder / "sub").mkdir()
+    (folder / "README.md").write_text("x")
     (folder / "adapter_config.json").rename(folder / "sub" / "adapter_config.json")
     with pytest.raises(NotFoundError, match="adapter_config.json is missing") as caught:
         read(folder)
