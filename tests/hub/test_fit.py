@@ -15,6 +15,7 @@ from adapterkit.hub import check
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.findings import ERROR, Finding
 from adapterkit.hub.fit import fit
+from adapterkit.hub.formats.adapterhub_type import ARCHITECTURES, BOTTLENECK
 from adapterkit.hub.formats.peft_type import PEFT_TYPES
 from adapterkit.hub.locate import locate
 from adapterkit.hub.read import read_adapter
@@ -311,9 +312,17 @@ def read_cases() -> list[tuple[str, str]]:
         for adapter in case["adapters"]:
             path = adapter["path"]
             known = "adapter_model.safetensors" in adapter["files"]
-            if known and adapter.get("peft_type") in PEFT_TYPES:
+            if (known and adapter.get("peft_type") in PEFT_TYPES) or is_hub(adapter):
                 found.setdefault(path, (path, case["base_path"]))
     return list(found.values())
+
+
+def is_hub(adapter: dict[str, Any]) -> bool:
+    """Whether it is of an architecture of AdapterHub that is read."""
+    if adapter["format"] != "adapters":
+        return False
+    config = json.loads((FIXTURES / adapter["path"] / "adapter_config.json").read_text())["config"]
+    return (config.get("architecture") or BOTTLENECK) in ARCHITECTURES
 
 
 @pytest.fixture(scope="session")
