@@ -11,6 +11,7 @@ from adapterkit.hub.bases.base import EMBEDDING, Base, Module
 from adapterkit.hub.bases.modules import WIDTH_KEYS
 from adapterkit.hub.bases.spelling import spelled
 from adapterkit.hub.findings import ERROR, WARNING, Finding, clean
+from adapterkit.hub.frozen import frozen
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.kinds import schema_of
 from adapterkit.hub.kinds.base import Expected
@@ -61,6 +62,7 @@ def fit(adapter: Adapter, base: Base) -> list[Finding]:
             or _own_head(base, module, role, stored, expected)
         ):
             findings.append(_misshapen(base, base.modules[module], role, stored, expected))
+    findings += frozen(adapter, base)
     return findings + _untrained_heads(adapter, base) + _made_for(adapter, base)
 
 

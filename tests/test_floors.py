@@ -24,7 +24,7 @@ STEPS = {
     "maths": {"primitives", "tensors", "kinds", "quant", "blend"},
     "io": {
         "formats", "bases", "locate", "read", "values", "sums", "fit", "identity", "check", "task",
-        "norms",
+        "norms", "frozen",
     },
     "model": {"compose", "gather", "load"},
     "outside": {"remotes", "diff", "sync", "ingest", "describe", "arrival", "demo"},

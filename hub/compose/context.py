@@ -120,9 +120,9 @@ class Context:
         """Virtual positions have no label; whole sequences have one, wherever they start."""
         n, labels = found.n_front + found.n_embedded, call.get("labels")
         whole = type(self._model).__name__.endswith("ForSequenceClassification")
-        if not n or not isinstance(labels, Tensor) or whole or self._model.config.is_encoder_decoder:
+        if self._model.config.is_encoder_decoder or whole:
             return
-        if labels.ndim == 2:
+        if n and isinstance(labels, Tensor) and labels.ndim == 2:
             front = labels.new_full((labels.shape[0], n), IGNORED)
             call["labels"] = torch.cat([front, labels], dim=1)
 
@@ -143,14 +143,21 @@ class Context:
         if self._starts:
             self._start(call, found)
         inputs.require_room(found.shift + past + length, self._model.config, self._reserved())
-        wanted = call.pop("return_dict", None)
+        wanted, returns = call.pop("return_dict", None), cache is not None or self._caches(call)
         output = original(**call, return_dict=True)
+        output = output if returns else outputs.without(output, CACHE)
         caches.mark(output.get(CACHE), found.activation)
         if self._starts and not self._keep:
             for start, n in reversed(_inserted(found)):
                 output = outputs.cut(output, start, n)
         as_dict = self._model.config.return_dict if wanted is None else wanted
         return output if as_dict else output.to_tuple()
+
+    def _caches(self, call: Call) -> bool:
+        """Whether a call without a cache returns one: what a prefix was written to is no other."""
+        config, wanted = self._model.config, call.get("use_cache")
+        decodes = self._block is None or config.is_decoder
+        return decodes and bool(config.use_cache if wanted is None else wanted)
 
     def _move(self, call: Call, found: Standing, past: int) -> None:
         """The positions of real tokens, behind everything they stand behind."""
@@ -195,7 +202,7 @@ class Context:
         return embeds
 
     def _run_block(self, original: Forward, call: Call) -> Any:
-        """The embedding block: positions count prefixes that shift, and rows follow what it gives."""
+        """The embedding block: positions count prefixes that shift; rows follow what it gives."""
         found = self._standing
         if found is None:
             return original(**call)

@@ -17,8 +17,10 @@ from adapterkit.hub.compose import experts
 from adapterkit.hub.compose.model import weights_of
 from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.compose.placing import settle
+from adapterkit.hub.compose.repeated import require_same
 from adapterkit.hub.compose.spots import Spot, Spots
 from adapterkit.hub.findings import clean
+from adapterkit.hub.frozen import ROLE
 from adapterkit.hub.kinds import kind, schema_of
 from adapterkit.hub.kinds.base import Used, Whole
 from adapterkit.hub.primitives import DenseDelta, InputRotation, Layer, LowRank, Primitive
@@ -174,6 +176,7 @@ def _by_module(
         spot = spots[name]
         site = LiveSite(base.modules[name], base, adapter, spot, origin, shared.on(spot))
         given = {role: tensors[name, role].to(spot.device) for role in stored}
+        require_same(adapter, name, given, spot.module)
         roles, copies = _without_copies(given, spot.module)
         used = Used(roles)
         made = list(kind(adapter.kind).lower(adapter.fields, site, used))
@@ -222,6 +225,7 @@ def _without_copies(
     if table is not None and weight is not None and table.shape == weight.shape:
         equal = torch.equal(table.to(weight.dtype), weight.detach())
         copies |= {"table"} if equal else set()
+    copies |= {role for role in tensors if role.startswith(ROLE)}
     return {role: tensor for role, tensor in tensors.items() if role not in copies}, copies
 
 

@@ -24,6 +24,11 @@ def cut(output: Any, start: int, n: int) -> Any:
     return output
 
 
+def without(output: Any, name: str) -> Any:
+    """The output as if the forward had not made this part of it."""
+    return type(output)(**{key: value for key, value in output.items() if key != name})
+
+
 def _each(value: Any, start: int, n: int, axis: int) -> Any:
     if isinstance(value, tuple):
         return tuple(_each(item, start, n, axis) for item in value)

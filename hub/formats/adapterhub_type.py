@@ -28,6 +28,7 @@ class Outer:
     model_class: str | None = None
     width: int | None = None
     version: Version | None = None
+    hints: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Key(NamedTuple):
@@ -91,6 +92,9 @@ class Architecture:
 BOTTLENECK = "bottleneck"
 ARCHITECTURES = {
     BOTTLENECK: "adapterkit.hub.formats.adapterhub_bottleneck:BOTTLENECK",
+    "prefix_tuning": "adapterkit.hub.formats.adapterhub_prefix:PREFIX",
+    "prompt_tuning": "adapterkit.hub.formats.adapterhub_prompt:PROMPT",
+    "reft": "adapterkit.hub.formats.adapterhub_reft:REFT",
     "lora": "adapterkit.hub.formats.adapterhub_lora:LORA",
 }
 # Those that the library writes; the ones without a row above are refused by name.

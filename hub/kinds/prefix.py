@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 GATE = ("gate.weight", "gate.bias")
+FROZEN = "frozen."
 
 
 class Prefix:
@@ -39,17 +40,19 @@ class Prefix:
         found = list(_gate_faults(adapter))
         for (path, role), stored in adapter.tensors.items():
             place, _, part = role.partition(".")
-            if path == "":
+            if not path:
                 found += _faults(stored, forms.get(place, {}).get(part))
         for place, form in forms.items():
-            missing = [part for part in form if ("", f"{place}.{part}") not in adapter.tensors]
-            found += [_missing(f"{place}.{part}", f"a tensor {part} of the prefix") for part in missing]
+            roles = [f"{place}.{part}" for part in form]
+            missing = [role for role in roles if ("", role) not in adapter.tensors]
+            found += [_missing(role, "a tensor of the prefix") for role in missing]
         return found + replaced.problems(adapter, fields.replaced)
 
     def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
         fields: PrefixFields = adapter.fields
         rest = replaced.schema(adapter, fields.replaced, modules, ())
-        tensors, findings = dict(rest.tensors), list(rest.findings)
+        tensors = rest.tensors | _repeated(adapter, modules)
+        findings = list(rest.findings)
         for place in fields.places:
             found = attentions(modules, place)
             widths = {attention.width for attention in found}
@@ -82,6 +85,21 @@ class Prefix:
                     attention.path,
                     PrefixKV(k, v, fields.heads, fields.shifts, *gate.values()),
                 )
+
+
+def _repeated(
+    adapter: Adapter, modules: Mapping[str, Module]
+) -> dict[tuple[str, str], Expected]:
+    """Parts of the base that a checkpoint of the whole model has as well."""
+    names = [(m, role) for m, role in adapter.tensors if role.startswith(FROZEN) and m in modules]
+    return {
+        (name, role): Expected(
+            replaced.stored_shape(modules[name])
+            if role == f"{FROZEN}weight"
+            else (modules[name].n_out,)
+        )
+        for name, role in names
+    }
 
 
 def _columns(layers: int | None, width: int | None) -> int | None:
