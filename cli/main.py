@@ -36,6 +36,7 @@ COMMANDS = {
     "backup": "Copy the whole registry into one file.",
     "restore": "Make the registry anew from a file that `backup` wrote.",
     "upgrade": "Bring the registry to the format of this program.",
+    "convert": "Make a plain LoRA of an adapter of another kind.",
     "export": "Write the files of a version into a folder.",
     "check": "Say whether adapters fit their base model.",
     "base": "Show the identity of a base model.",

@@ -24,10 +24,10 @@ STEPS = {
     "maths": {"primitives", "tensors", "kinds", "quant", "blend"},
     "io": {
         "formats", "bases", "locate", "read", "values", "sums", "fit", "identity", "check", "task",
-        "norms", "frozen",
+        "norms", "frozen", "offline", "change", "reduce", "factored",
     },
     "model": {"compose", "gather", "load"},
-    "outside": {"remotes", "diff", "sync", "ingest", "describe", "arrival", "demo"},
+    "outside": {"mixing", "made", "convert", "remotes", "diff", "sync", "ingest", "describe", "arrival", "demo"},
 }  # fmt: skip
 RANK = {step: rank for rank, step in enumerate(STEPS)}
 NETWORK = {"socket", "http", "urllib.request", "requests", "httpx"}

@@ -25,12 +25,14 @@ MAX_STATE = 1 << 16
 
 @dataclass(frozen=True)
 class State:
-    """The quant state of one 4-bit weight. nested: (block size, offset) of its absmax."""
+    """The quant state of one 4-bit weight. nested: (block size, offset) of its absmax. dtype: what
+    it was quantized from and is dequantized to, "" where that is not said."""
 
     method: str
     shape: tuple[int, ...]
     block_size: int
     nested: tuple[int, float] | None
+    dtype: str = ""
 
 
 def state_of(tensors: Mapping[str, Stored], name: str) -> State | None:
@@ -61,7 +63,8 @@ def _read_state(stored: Stored, method: str) -> State:
         raise DamagedError(f"the blocksize is {clean(repr(block))}, expected a size")
     if fields.get("quant_type") != method:
         raise DamagedError(f"the quant_type is {clean(repr(fields.get('quant_type')))}")
-    return State(method, tuple(shape), int(str(block)), _nested(fields))
+    dtype = str(fields.get("dtype", ""))
+    return State(method, tuple(shape), int(str(block)), _nested(fields), dtype)
 
 
 def _positive(value: object) -> bool:

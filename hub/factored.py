@@ -1,0 +1,69 @@
+"""Factors as they are written: of one rank, in one dtype, and what rounding to it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapterkit.hub.blend.factors import Factors, norm
+from adapterkit.hub.formats.peft_write import Part
+from adapterkit.hub.tensors import DTYPES
+from adapterkit.registry.errors import InvalidError
+
+
+@dataclass(frozen=True)
+class Written:
+    """rounding: |rounded change - change| / |change|."""
+
+    a: Part
+    b: Part
+    rounding: float
+
+
+def fitting_dtype(every: Collection[Factors], wanted: str, *, exact: bool) -> str:
+    """The dtype wanted, or F32 where it has to be exact and is not.
+
+    Raises InvalidError if values are too large for it.
+    """
+    if exact and wanted != "F32" and not all(_is_exact(f, wanted) for f in every):
+        wanted = "F32"
+    dtype = DTYPES[wanted]
+    if not all(torch.isfinite(t.to(dtype)).all() for f in every for t in (f.B, f.A)):
+        raise InvalidError(f"the factors are too large for {dtype}", hint="--dtype float32")
+    return wanted
+
+
+def _is_exact(factors: Factors, dtype: str) -> bool:
+    both = (factors.B, factors.A)
+    return all(torch.equal(t.to(DTYPES[dtype]).double(), t) for t in both)
+
+
+def stored(factors: Factors, rank: int, dtype: str) -> Written:
+    """Filled up with zeros to the rank, and rounded."""
+    n_out, n_in = factors.shape
+    b, a = (t.to(DTYPES[dtype]) for t in (factors.B, factors.A))
+    # of B' A' - B A = (B' - B) A' + B (A' - A), as nothing cancels in it
+    lost = Factors(
+        torch.cat((b.double() - factors.B, factors.B), dim=1),
+        torch.cat((a.double(), a.double() - factors.A)),
+    )
+    size = norm(factors)
+    rounding = norm(lost) / size if size else 0.0
+    wide = b.new_zeros(n_out, rank)
+    high = a.new_zeros(rank, n_in)
+    wide[:, : factors.rank], high[: factors.rank] = b, a
+    return Written(part(high, dtype), part(wide, dtype), rounding)
+
+
+def vector(values: Tensor | None, size: int, dtype: str) -> Part:
+    """Zeros where there are none."""
+    found = torch.zeros(size) if values is None else values
+    return part(found.to(DTYPES[dtype]), dtype)
+
+
+def part(tensor: Tensor, dtype: str) -> Part:
+    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return Part(dtype, tuple(tensor.shape), data)
