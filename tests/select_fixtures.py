@@ -23,6 +23,10 @@ ALWAYS = (  # the main path, and what the tests of attach need: larger than othe
     "qwen2.lora_bias_param",
     "gpt2.lora_c_attn",
     "llama.active_lora_dora",
+    "llama.lora_bin",
+    "llama.lora_legacy",
+    "llama.moslora_v03",
+    "gpt2.lora_loralib",
 )
 WHOLE = ("bases", "inputs", "expected_base", "bad.tar.gz")
 FAMILY = {

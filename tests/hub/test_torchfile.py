@@ -179,6 +179,7 @@ def laughs() -> bytes:
 
 
 GOOD = {"a/data/0": bytes(16)}
+MANY = b"N" * 3_000_000
 HOSTILE: dict[str, bytes | Callable[[], bytes]] = {
     "os.system": pickle.dumps({"a": Runs(os.system, f"touch {MARKER}")}),
     "eval": pickle.dumps({"a": Runs(eval, f"open('{MARKER}', 'w')")}, protocol=4),
@@ -207,7 +208,7 @@ HOSTILE: dict[str, bytes | Callable[[], bytes]] = {
     "a list in itself": archive(b"\x80\x02}" + text("a") + b"]q\x00h\x00as."),
     "deep": archive(deep(500)),
     "billion laughs": lambda: archive(laughs()),
-    "many operations": lambda: archive(b"\x80\x02}" + text("a") + b"](" + b"N" * 3_000_000 + b"es."),
+    "many operations": lambda: archive(b"\x80\x02}" + text("a") + b"](" + MANY + b"es."),
     "a large pickle": lambda: archive(b"\x80\x02" + bytes(torchfile.MAX_PICKLE)),
     "no storage": archive(tensor()),
     "storage elsewhere": archive(tensor(held=storage("../0")), GOOD),
