@@ -1,6 +1,6 @@
 """P-Tuning as its authors' few-shot code saves it: `embeddings.pth` beside `wrapper_config.json`.
 
-Source: THUDM/P-tuning, `PT-Fewshot/pet/wrapper.py`. Virtual tokens are positions of the input, which
+Source: THUDM/P-tuning, `PT-Fewshot/pet/wrapper.py`. Virtual tokens are positions of the input that
 the caller marks with `block_flag`.
 """
 

@@ -24,6 +24,7 @@ DATA = Path(os.environ.get("ADAPTERKIT_FIXTURES") or Path(__file__).parents[1] /
 CASES: list[dict[str, Any]] = json.loads((DATA / "index.json").read_text())["cases"]
 INPUTS = (
     "input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask",
+    "block_flag",
 )  # fmt: skip
 # What the message has to say when an adapter is refused: by its format, by PEFT's name of its type,
 # or by the option that changes the result.
@@ -42,7 +43,13 @@ BY_KIND = {
 
 
 # Formats that are read, beside those of PEFT, of which the type decides.
-READ = {"loralib", "mlx-lm"}
+READ = {
+    "loralib",
+    "mlx-lm",
+    "prefixtuning-li-liang",
+    "thudm-p-tuning-v1",
+    "thudm-p-tuning-v2",
+}
 PEFTS = {"peft", "moslora-v0.3", "moslora-v0.10"}
 
 
@@ -63,7 +70,11 @@ def is_applied(case: dict[str, Any]) -> bool:
     )
 
 
-FORWARD = [case for case in CASES if case["operation"]["op"] in ("forward", "set_adapter")]
+OPERATIONS = ("forward", "set_adapter", "concatenate")
+# Damaged, and still without doubt: names with one part too many; a config that calls a prefix the
+# network that it was made with.
+REPAIRED = ("adapter_name_left_in", "prefix_ejected")
+FORWARD = [case for case in CASES if case["operation"]["op"] in OPERATIONS]
 APPLIED = [case for case in FORWARD if is_applied(case) and "repair_or_refuse" not in case["tags"]]
 WILD = [case for case in FORWARD if is_applied(case) and "repair_or_refuse" in case["tags"]]
 OTHERS = [
@@ -135,8 +146,16 @@ def distance(found: torch.Tensor, tensor: str, case: dict[str, Any]) -> float:
     gap = (found - expected).abs()
     mask = case["compare"]["mask"]
     if mask is not None:
-        gap = gap[load_file(DATA / case["inputs"]["file"])[mask].bool()]
+        virtual, _, name = mask.rpartition("+")  # "virtual:4+attention_mask", or a name alone
+        counts = load_file(DATA / case["inputs"]["file"])[name].bool()
+        n = int(virtual.removeprefix("virtual:") or 0)
+        gap = gap[torch.cat([counts.new_ones((len(counts), n)), counts], dim=1)]
     return float(gap.max())
+
+
+def has_virtual_outputs(case: dict[str, Any]) -> bool:
+    """Whether the reference has positions for virtual tokens, as PEFT has."""
+    return str(case["compare"]["mask"]).startswith("virtual:")
 
 
 def check_logits(found: torch.Tensor, case: dict[str, Any]) -> None:
@@ -153,8 +172,10 @@ def test_every_case_gives_the_logits_of_its_reference(case: dict[str, Any]) -> N
     """With PEFT's order of activation where the case records that DoRA depends on it."""
     model = model_for(case)
     dialect = "peft" if "order_dependent" in case["tags"] else "exact"
-    with attach(model, sources_of(case), dialect=dialect) as adapters:
-        if case["operation"]["op"] == "set_adapter":
+    virtual = has_virtual_outputs(case)
+    settings = {"dialect": dialect, "virtual_outputs": virtual}
+    with attach(model, sources_of(case), **settings) as adapters:
+        if case["operation"]["op"] != "forward":
             adapters.activate(case["operation"]["adapters"])
         check_logits(logits(model, case), case)
 
@@ -165,7 +186,7 @@ def test_damaged_key_names_are_repaired_or_refused_never_dropped(case: dict[str,
     """PEFT warns about all but one of these and runs the base."""
     model = model_for(case)
     source = DATA / case["adapters"][0]["path"]
-    if case["id"].endswith("adapter_name_left_in"):
+    if case["id"].endswith(REPAIRED):
         with attach(model, [source]):
             check_logits(logits(model, case), case)
         return
