@@ -133,7 +133,8 @@ class Average(Block):
             raise InvalidError(f"weights are {weights!r}, expected {len(children)} finite numbers")
         total = sum(given) if normalize_weights or weights is None else 1.0
         if total == 0:
-            raise InvalidError(f"weights are {weights!r}, whose sum is 0", hint="normalize_weights=False")
+            about = f"weights are {weights!r}, whose sum is 0"
+            raise InvalidError(about, hint="normalize_weights=False")
         self.weights = tuple(float(weight / total) for weight in given)
 
     def _settings(self) -> list[str]:
@@ -170,6 +171,10 @@ def require_valid(block: Block, level: int = 0) -> None:
             raise InvalidError(
                 f"{child!r} stands in a {name}, which takes names and {', '.join(block.inside)}"
             )
+        if isinstance(block, BatchSplit) and isinstance(child, BatchSplit):
+            rows = block.batch_sizes[block.children.index(child)]
+            if sum(child.batch_sizes) != rows:
+                raise InvalidError(f"{child!r} has {rows} rows of its {name}, not their sum")
         require_valid(child, level + 1)
 
 
@@ -179,7 +184,7 @@ def channels(block: Block) -> int:
     Raises InvalidError if two of them differ."""
     sizes = {len(each.children) for each in block.blocks() if isinstance(each, Parallel)}
     if len(sizes) > 1:
-        raise InvalidError(f"{block!r} has Parallel blocks of {sorted(sizes)} children, not of one size")
+        raise InvalidError(f"{block!r} has Parallel blocks of {sorted(sizes)} children, not of one")
     return sizes.pop() if sizes else 1
 
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adapterkit.hub.bases.base import Base
+from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import BatchSplit, Block, Setup, channels
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.registry.errors import InvalidError
 
 
 class Entry:
-    def __init__(self, model: nn.Module, base: Base, dialect: str) -> None:
+    def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
         self._model = model
         self._handle: RemovableHandle | None = None
         self._copies = 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from adapterkit.hub.compose.blocks import Fuse, Setup
+from adapterkit.hub.compose.blocks import Fuse, Setup, Stack
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.findings import clean
-from adapterkit.hub.primitives import Fusion
+from adapterkit.hub.primitives import Context, Fusion
 from adapterkit.registry.errors import ConflictError, InvalidError, NotFoundError
 
 
@@ -21,7 +21,7 @@ def fusion_for(block: Fuse, lowered: Mapping[str, Lowered]) -> str:
     """The attached fusion that a Fuse means. Raises NotFoundError, InvalidError."""
     if block.name is not None:
         if block.name not in lowered:
-            raise NotFoundError(f"no adapter is attached as {clean(block.name)}, which {block!r} names")
+            raise NotFoundError(f"no fusion is attached as {clean(block.name)}, for {block!r}")
         if not joined_by(lowered[block.name]):
             raise InvalidError(f"{clean(block.name)}, which {block!r} names, is no fusion")
         return block.name
@@ -49,6 +49,19 @@ def require_composed(active: Setup, lowered: Mapping[str, Lowered]) -> None:
             names = joined_by(lowered[fusion_for(block, lowered)])
             if len(names) != len(block.children):
                 raise InvalidError(f"{block!r}: its fusion joins {len(names)} adapters")
+    _require_placeable(active, lowered)
+
+
+def _require_placeable(active: Setup, lowered: Mapping[str, Lowered]) -> None:
+    """Raises InvalidError for an adapter of the context, which is one for the whole batch and every
+    token, inside a block that takes the batch or its tokens apart."""
+    for block in active.block.blocks() if active.block else ():
+        for name in () if isinstance(block, Stack) else block:
+            made = (primitive for each in lowered[name].updates.values() for primitive in each)
+            if any(isinstance(primitive, Context) for primitive in made):
+                raise InvalidError(
+                    f"{clean(name)} adds to the context, so it stands in a Stack, not in {block!r}"
+                )
 
 
 def require_unused(name: str, active: Setup, lowered: Mapping[str, Lowered]) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.bases.places import Place
+from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Fuse, Setup
 from adapterkit.hub.compose.fusions import fusion_for
 from adapterkit.hub.compose.lowering import Lowered
@@ -28,7 +28,7 @@ from adapterkit.hub.primitives import Bottleneck, Coupling, Fusion
 class Layers:
     """The taps of all places that anything was ever active at."""
 
-    def __init__(self, model: nn.Module, base: Base, dialect: str) -> None:
+    def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
         self._modules = dict(model.named_modules())
         self._taps: dict[Place, Tap] = {}
 
@@ -40,7 +40,8 @@ class Layers:
         runs: dict[Place, Run | None] = dict.fromkeys(self._taps)
         for place, held in networks.items():
             fusion = partial(_fusion_at, place, lowered)
-            runs[place] = active.block and build(active.block, Site(place.h, held, fusion))
+            if active.block is not None:
+                runs[place] = build(active.block, Site(place.h, held, fusion))
         return partial(self._switch, runs)
 
     def _switch(self, runs: Mapping[Place, Run | None]) -> None:
@@ -122,9 +123,10 @@ class Tap:
         if state.last is None or state.last.ln_after:
             return state.h.to(h.dtype)
         if self._norm is not None:  # which then must not change it
-            self._here.instead = state.h.to(h.dtype)
-            return self._here.instead
+            y = self._here.instead = state.h.to(h.dtype)
+            return y
         return (state.h - x0).to(h.dtype)
 
     def _skip(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return vars(self._here).pop("instead", None)
+        found: Tensor | None = vars(self._here).pop("instead", None)
+        return found

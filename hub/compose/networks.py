@@ -62,7 +62,7 @@ def joined(net: Bottleneck, z: Tensor, up: Tensor, residual: Tensor, weight: flo
     if net.gate is not None:
         scores = torch.sigmoid(_linear(z, net.gate[None, :-1], net.gate[-1:]))
         up = up * scores.mean(dim=1, keepdim=True)  # over all positions, padding too
-    if net.wiring.residual_inside and not net.wiring.parallel:
+    if net.norm_after is not None and net.wiring.residual_inside and not net.wiring.parallel:
         return _norm(net.norm_after, up + residual)
     term = _norm(net.norm_after, up)
     return residual + (term if weight == 1 else weight * term)

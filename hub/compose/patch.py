@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from adapterkit.hub.compose import experts, gains, replacing
 from adapterkit.hub.compose.plan import Plan, Replacement, Sums, Weighted, added, fold, split
 from adapterkit.hub.compose.products import is_product
+from adapterkit.hub.compose.weave import ByRows
 from adapterkit.hub.quant import format_of
 
 
@@ -21,7 +22,7 @@ class Patch:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original = module.forward
-        self.plan: Plan | None = None
+        self.plan: Plan | ByRows | None = None
         self._had_own = "forward" in vars(module)  # accelerate's wrapper, for one
         # the classes of quantized layers hold no dense weight: theirs is multiplied directly
         self._twin = None if replacing.is_quantized(module) else replacing.shadow(module)

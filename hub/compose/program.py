@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from adapterkit.hub.compose import networks
 from adapterkit.hub.compose.blocks import Average, BatchSplit, Block, Fuse, Parallel, Split, Stack
 from adapterkit.hub.compose.networks import State
+from adapterkit.hub.fields import Wiring
 from adapterkit.hub.primitives import Bottleneck, Coupling, Fusion
 from adapterkit.registry.errors import InvalidError
 
@@ -93,7 +94,7 @@ def _on_parts(state: State, runs: Sequence[Run], sizes: Sequence[int], dim: int)
         raise InvalidError(
             f"the setup splits {sum(sizes)} {what} into {list(sizes)}, found {state.h.shape[dim]}"
         )
-    hs, x0s = state.h.split(list(sizes), dim), state.x0.split(list(sizes), dim)
+    hs, x0s = (torch.split(t, list(sizes), dim) for t in (state.h, state.x0))
     parts = [
         run(replace(state, h=h, x0=x0, up=None)) for run, h, x0 in zip(runs, hs, x0s, strict=True)
     ]
@@ -117,7 +118,7 @@ def _average(block: Average, site: Site) -> Run:
     return run
 
 
-def _last(parts: Sequence[State]) -> networks.Wiring | None:
+def _last(parts: Sequence[State]) -> Wiring | None:
     return next((part.last for part in reversed(parts) if part.last is not None), None)
 
 

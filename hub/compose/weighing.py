@@ -12,6 +12,8 @@ from adapterkit.hub.compose.blocks import Block, Setup, channels, require_valid
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.findings import clean
 from adapterkit.hub.primitives import (
+    Bottleneck,
+    Coupling,
     InputRotation,
     PrefixKV,
     Primitive,
@@ -67,12 +69,37 @@ def require_usable(
             f"prefixes and virtual tokens take no weight but 0 and 1: {standing}; they stand in"
             " front of the input or do not: attention is not linear in them"
         )
+    if fixed := _fixed(partial, weights, lowered):
+        raise InvalidError(
+            f"{fixed}: no weight but 0 and 1, as without what it adds its layer is not the base's"
+        )
     scaled = _shown(partial, weights, lowered, RowScale) if dialect == "peft" else ""
     if scaled:
         raise InvalidError(
             f"the peft dialect gives DoRA no weight but 0 and 1: {scaled}",
             hint="attach without dialect='peft'",
         )
+
+
+def _fixed(
+    names: Iterable[str], weights: Mapping[str, float], lowered: Mapping[str, Lowered]
+) -> str:
+    """name=weight of those with a network that stands in its layer for more than what it adds."""
+    return ", ".join(
+        f"{clean(name)}={weights[name]:g}"
+        for name in names
+        if any(_stands_in(p) for made in lowered[name].updates.values() for p in made)
+    )
+
+
+def _stands_in(primitive: Primitive) -> bool:
+    if not isinstance(primitive, Bottleneck):
+        return isinstance(primitive, Coupling)
+    wiring = primitive.wiring
+    if wiring.parallel or not wiring.ln_after:
+        return not wiring.ln_after
+    inside = wiring.residual_inside and primitive.norm_after is not None
+    return inside or (wiring.ln_before and wiring.residual != "before")
 
 
 def whole_modules(lowered: Lowered) -> set[str]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from adapterkit.hub.bases.places import ATTENTION, CROSS, EMBEDDINGS, OUTPUT
 from adapterkit.hub.fields import BottleneckFields, PhmFields, Wiring
-from adapterkit.hub.findings import Finding
+from adapterkit.hub.findings import Finding, clean
 from adapterkit.hub.formats.adapterhub_type import Architecture, Key, Outer, Paths, Place
-from adapterkit.hub.formats.config import ConfigReader, is_index, is_number, unsupported
+from adapterkit.hub.formats.config import ConfigReader, is_number, unsupported
 from adapterkit.hub.formats.peft_config import MAX_RANK
 
 REQUIRED = ("mh_adapter", "output_adapter", "reduction_factor", "non_linearity")
@@ -23,7 +23,6 @@ ACTIVATIONS = frozenset(
 )  # fmt: skip
 OTHER_NAMES = {"leakyrelu": "leaky_relu"}
 DEFAULT = "default"
-MAX_LAYER = 1_000_000
 # Where the library keeps a bottleneck -> which place of which layer that is.
 PATHS: tuple[tuple[str, str], ...] = (
     (r"((?:.*\.)?layer\.\d+)\.attention\.output", ATTENTION),
@@ -145,7 +144,7 @@ def activation(reader: ConfigReader, field: str, default: str | None) -> str:
 def _factors(reader: ConfigReader) -> tuple[dict[int, float], float | None]:
     """By layer, and for every other."""
     value = reader.config.get("reduction_factor")
-    table = value if isinstance(value, dict) else {DEFAULT: value}
+    table: dict[str, Any] = value if isinstance(value, dict) else {DEFAULT: value}
     right = all(_is_factor(factor) for factor in table.values()) and all(
         name == DEFAULT or (name.isdecimal() and len(name) < 7) for name in table
     )
@@ -173,11 +172,11 @@ def _scaling(reader: ConfigReader) -> float | str:
 def _coupling(reader: ConfigReader) -> float | None:
     if reader.config.get("inv_adapter") is None:
         return None
-    factor = reader.config.get("inv_adapter_reduction_factor")
-    if not _is_factor(factor):
-        reader.fault("inv_adapter_reduction_factor", "a positive number, as there is an inv_adapter")
+    field = "inv_adapter_reduction_factor"
+    if not _is_factor(reader.config.get(field)):
+        reader.fault(field, "a positive number, as there is an inv_adapter")
         return None
-    return float(factor or 1)
+    return reader.number(field, 1.0)
 
 
 def _wiring(reader: ConfigReader) -> Wiring:
@@ -210,7 +209,8 @@ def _phm(reader: ConfigReader) -> PhmFields:
 def refusals(config: Mapping[str, Any], outer: Outer) -> list[Finding]:
     found = []
     if config.get("inv_adapter") not in (None, "nice"):
-        found.append(unsupported("inv_adapter", f"{config['inv_adapter']!r}, of which nothing here"))
+        shown = clean(repr(config["inv_adapter"]), 60)
+        found.append(unsupported("inv_adapter", f"{shown}; only 'nice' ones are applied"))
     if config.get("residual_before_ln") == "post_add" and not (
         config.get("original_ln_before") or config.get("is_parallel")
     ):

@@ -42,7 +42,8 @@ BOTTLENECK = PeftType(
     },
     fields=read,
     known=frozenset(
-        ["bottleneck_size", "non_linearity", "scaling", "use_parallel_adapter", "use_adapterp", "bias"]
+        ["bottleneck_size", "non_linearity", "scaling", "use_parallel_adapter", "use_adapterp",
+         "bias"]
     ),
     inert=frozenset(["adapter_dropout", "init_weights"]),
-)
+)  # fmt: skip

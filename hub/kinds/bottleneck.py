@@ -15,7 +15,7 @@ from adapterkit.hub.bases.places import EMBEDDINGS, Found, places
 from adapterkit.hub.fields import BottleneckFields
 from adapterkit.hub.findings import ERROR, Finding
 from adapterkit.hub.kinds import placed, replaced
-from adapterkit.hub.kinds.base import Lowered, Schema, Site, Summary
+from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
 from adapterkit.hub.kinds.placed import Form, Size
 from adapterkit.hub.primitives import Bottleneck as Network
 from adapterkit.hub.primitives import Coupling
@@ -61,7 +61,8 @@ class Bottleneck:
 
     def schema_on(self, adapter: Adapter, base: Base) -> Schema:
         fields: BottleneckFields = adapter.fields
-        tensors, findings = {}, placed.unplaced(base)
+        tensors: dict[tuple[str, str], Expected] = {}
+        findings = placed.unplaced(base)
         for path, found in places(base).items():
             if found.name == EMBEDDINGS:
                 form = coupling_form(fields, found.width)

@@ -11,6 +11,7 @@ from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.places import Found
 from adapterkit.hub.fields import BottleneckFields, PhmFields
 from adapterkit.hub.findings import ERROR, Finding
+from adapterkit.hub.headers import Stored
 from adapterkit.hub.kinds.bottleneck import Bottleneck, other_form
 from adapterkit.hub.kinds.placed import Form, Size
 
@@ -64,7 +65,7 @@ def _phm(fields: BottleneckFields) -> PhmFields:
     return fields.phm
 
 
-def _all(adapter: Adapter, role: str) -> Iterator[object]:
+def _all(adapter: Adapter, role: str) -> Iterator[Stored]:
     yield from (held[role] for held in adapter.modules.values() if role in held)
 
 
@@ -97,8 +98,9 @@ def _matrix(p: Mapping[str, Tensor], name: str) -> Tensor:
 
     rule = f"{name}_rule" if f"{name}_rule" in p or f"{name}_rule_left" in p else "rule"
     rules, weights = _factored(p, rule, rule), _factored(p, name, f"{name}_weight")
-    products = [torch.kron(a.contiguous(), b.contiguous()) for a, b in zip(rules, weights, strict=True)]
-    return torch.stack(products).sum(0).mT.contiguous()
+    pairs = zip(rules, weights, strict=True)
+    total = torch.stack([torch.kron(a.contiguous(), b.contiguous()) for a, b in pairs]).sum(0)
+    return total.mT.contiguous()
 
 
 def _factored(p: Mapping[str, Tensor], stem: str, whole: str) -> Tensor:

@@ -14,7 +14,7 @@ from adapterkit.hub.bases.places import EMBEDDINGS, places
 from adapterkit.hub.fields import FusionFields
 from adapterkit.hub.findings import ERROR, Finding
 from adapterkit.hub.kinds import placed
-from adapterkit.hub.kinds.base import Lowered, Schema, Site, Summary
+from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
 from adapterkit.hub.kinds.placed import Form, Size
 from adapterkit.hub.primitives import Fusion as Joined
 
@@ -44,7 +44,7 @@ class Fusion:
         """At all places of a name, or at none: which the joined adapters have is their business."""
         found = {path: one for path, one in places(base).items() if one.name != EMBEDDINGS}
         names = {found[path].name for path in adapter.modules if path in found}
-        tensors = {}
+        tensors: dict[tuple[str, str], Expected] = {}
         for path, one in found.items():
             if one.name in names:
                 tensors |= placed.expected(path, _form(adapter.fields, one.width))

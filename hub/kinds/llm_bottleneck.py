@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROLES, TYPES = frozenset({"down", "up", "scaling"}), (LINEAR, CONV1D)
-# By the last name of the module, in the fork's table of every model type: in front of it, behind it.
+# By the last name of the module, in the table of every model type that the fork has: in front of
+# the module, and behind it.
 BEFORE = frozenset({"gate_proj", "up_proj", "dense_h_to_4h", "fc_in", "c_fc", "fc1"})
 BEHIND = frozenset({"down_proj", "dense_4h_to_h", "fc_out", "c_proj", "fc2"})
 
