@@ -73,6 +73,26 @@ class FusedLoraFields(LoraFields):
 
 
 @dataclass(frozen=True)
+class ReftFields:
+    """ReFT. Wu et al. 2024, arXiv:2404.03592.
+
+    first, last: tokens at both ends that are changed. orthogonal: the projection has orthonormal
+    rows. tied: both ends have the same tensors. subtracts: what the projection gives is taken out.
+    layers: those that have one, None for all.
+    """
+
+    rank: int
+    first: int
+    last: int
+    orthogonal: bool
+    tied: bool = False
+    subtracts: bool = True
+    act: str | None = None
+    layers: tuple[int, ...] | None = None
+    replaced: ReplacedFields = ReplacedFields()
+
+
+@dataclass(frozen=True)
 class TokensFields:
     """Rows of the token table, trained alone (`peft_type: TRAINABLE_TOKENS`)."""
 
@@ -346,4 +366,19 @@ class LlmBottleneckFields:
     scaling: float = 1.0
     learned: bool = False
     parallel: bool = False
+    replaced: ReplacedFields = ReplacedFields()
+
+
+@dataclass(frozen=True)
+class BitfitFields:
+    """BitFit. Ben Zaken et al. 2022, arXiv:2106.10199.
+
+    modules, exclude, whole: ends of names of the modules whose biases, and of those that, must be
+    there as a whole; () where nothing says so. extends: a layer without a bias gets one.
+    """
+
+    modules: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    extends: bool = False
     replaced: ReplacedFields = ReplacedFields()

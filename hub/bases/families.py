@@ -68,6 +68,7 @@ class Family:
 LEGACY = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 # Registered as parameters twice; the file keeps the shorter name.
 _LM_BIAS = ((r"^cls\.predictions\.bias$", "cls.predictions.decoder.bias"),)
+_SHORTER = ((r"^cls\.predictions\.decoder$", "cls.predictions"),)
 _LLAVA = (
     (r"^(?:model\.)?language_model\.lm_head\.", "lm_head."),
     (r"^(?:model\.)?language_model\.model\.", "model.language_model."),
@@ -124,14 +125,17 @@ FAMILIES: dict[str, Family] = {
     ),
     "bloom": Family("Bloom", "transformer", "word_embeddings", CLASSIC, tied=True),
     "falcon": Family("Falcon", "transformer", "word_embeddings", CLASSIC, tied=True),
-    "bert": Family("Bert", "bert", _WORDS, BERT, tied=True, renames=_LM_BIAS),
+    "bert": Family("Bert", "bert", _WORDS, BERT, tied=True, renames=_LM_BIAS, older=_SHORTER),
     "roberta": Family(
         "Roberta", "roberta", _WORDS, ROBERTA, tied=True,
         renames=((r"^lm_head\.bias$", "lm_head.decoder.bias"),),
+        older=((r"^lm_head\.decoder$", "lm_head"),),
     ),
     "distilbert": Family("DistilBert", "distilbert", _WORDS, DISTILBERT, tied=True),
     "electra": Family("Electra", "electra", _WORDS, ELECTRA, tied=True),
-    "deberta-v2": Family("DebertaV2", "deberta", _WORDS, DEBERTA, tied=True, renames=_LM_BIAS),
+    "deberta-v2": Family(
+        "DebertaV2", "deberta", _WORDS, DEBERTA, tied=True, renames=_LM_BIAS, older=_SHORTER
+    ),
     "t5": Family(
         "T5", "transformer", "shared", T5, tied=True, always_tied=True, ties=_SEQ_TIES, layers=""
     ),

@@ -26,7 +26,10 @@ FORMATS = {
     "thudm_v2": "adapterkit.hub.formats.thudm_v2",
     "loralib": "adapterkit.hub.formats.loralib",
     "adapterhub": "adapterkit.hub.formats.adapterhub",
+    "adapterhub-fusion": "adapterkit.hub.formats.adapterhub_fusion",
+    "opendelta": "adapterkit.hub.formats.opendelta",
     "peft": "adapterkit.hub.formats.peft",
+    "state_dict": "adapterkit.hub.formats.state_dict",
 }
 
 # Hints that are not of one format: `format` says which one it is where two are possible.
