@@ -183,8 +183,23 @@ class Fusion:
     mixing: Mixing = Mixing()
 
 
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """h + R^T (act(W h + b) - R h) behind a layer, at its first and last real tokens.  source W
+    (r, h), source_bias b (r), projection R (r, h).  first, last: how many tokens at both ends.
+    act: None for none. subtracts: whether R h is taken out."""
+
+    source: Tensor
+    source_bias: Tensor
+    projection: Tensor
+    first: int = 0
+    last: int = 0
+    act: str | None = None
+    subtracts: bool = True
+
+
 Additive = LowRank | RowScale | BiasShift | DenseDelta | Replace
 Gain = OutputGain | InputGain | InputRotation
 Context = PrefixKV | VirtualTokens
 Layer = Bottleneck | Coupling | Fusion
-Primitive = Additive | Gain | GatedLowRank | Layer | Context
+Primitive = Additive | Gain | GatedLowRank | Layer | Context | Intervention

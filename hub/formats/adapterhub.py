@@ -16,6 +16,7 @@ from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.findings import WARNING, Finding, clean
 from adapterkit.hub.formats.adapterhub_head import Head, read_head
 from adapterkit.hub.formats.adapterhub_keys import Keys, read_keys
+from adapterkit.hub.formats.adapterhub_reft import SUBTRACT
 from adapterkit.hub.formats.adapterhub_type import (
     ARCHITECTURES,
     BOTTLENECK,
@@ -31,6 +32,7 @@ from adapterkit.registry.errors import DamagedError, NotFoundError
 
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 LIBRARY = "adapters."
+HINTS = {SUBTRACT: "of a ReFT without orthogonality: false for DiReFT, true for NoReFT"}
 MAX_WIDTH = 1 << 24
 # `type` and `config_id` are of adapter-transformers.
 AROUND = frozenset(
@@ -59,7 +61,7 @@ def read(
         raise NotFoundError(
             f"{clean(folder.name)} is not an adapter of AdapterHub: {CONFIG} is missing"
         )
-    outer = _outer(config, f"{folder.name}/{CONFIG}")
+    outer = _outer(config, f"{folder.name}/{CONFIG}", folder.hints)
     method, row = _method(config, folder.name)
     weights = weights_of(folder, WEIGHTS)
     head = read_head(folder, outer)
@@ -88,10 +90,11 @@ def read(
         files={CONFIG: "config", weights.path: "weights", **head.files},
         requires={"model_type": outer.model_type, "hidden_size": outer.width},
         portable=True,
+        hints={name: folder.hints[name] for name in row.hints if name in folder.hints},
     )
 
 
-def _outer(config: Mapping[str, Any], name: str) -> Outer:
+def _outer(config: Mapping[str, Any], name: str, hints: Mapping[str, Any]) -> Outer:
     reader = ConfigReader(config, name)
     width = None if config.get("hidden_size") is None else reader.count("hidden_size", 1, MAX_WIDTH)
     found = Outer(
@@ -100,6 +103,7 @@ def _outer(config: Mapping[str, Any], name: str) -> Outer:
         model_class=reader.text("model_class"),
         width=width,
         version=_version(reader),
+        hints=hints,
     )
     if not found.name or "." in found.name:
         reader.fault("name", "the adapter's name, without dots")

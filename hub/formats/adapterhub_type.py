@@ -20,7 +20,8 @@ class Outer:
     """What stands around the config of the method.
 
     name: the adapter's, which is inside every key. width: `hidden_size`, None where the model has
-    none of its own. version: of the library `adapters`; None in files of its predecessor.
+    none of its own. version: of the library `adapters`; None in files of its predecessor. hints:
+    what the user says beside the files.
     """
 
     name: str
@@ -65,8 +66,9 @@ class Architecture:
     `kinds.replaced` checks and lowers.
     known: fields it reads; inert: fields that change nothing in a saved adapter; refused: those
     that change the result and are not applied -> why. refusals: what else the config asks for in
-    vain. repeated: roles of tensors that the library writes again under every layer. placing: the
-    method's config -> what stands for `place`, where keys mean what the config says.
+    vain. repeated: roles of tensors that the library writes again under every layer. hints: what
+    the user may say beside the config. placing: the method's config -> what stands for `place`,
+    where keys mean what the config says.
     """
 
     kind: str | Callable[[Mapping[str, Any], Outer], str]
@@ -78,6 +80,7 @@ class Architecture:
     refusals: Callable[[Mapping[str, Any], Outer], list[Finding]] = _none
     targets: Callable[[ConfigReader, Outer, Paths], Targets] = _no_targets
     repeated: frozenset[str] = frozenset()
+    hints: frozenset[str] = frozenset()
     placing: Callable[[Mapping[str, Any]], Callable[[Key], Place | None]] | None = None
 
     def placed(self, config: Mapping[str, Any]) -> Architecture:

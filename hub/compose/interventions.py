@@ -1,0 +1,133 @@
+"""Interventions on single tokens behind the layers of a live model.
+
+Which tokens are real is in the mask that the body of the model gets: a hook keeps it for the
+layers. Where a cache continues a sequence, tokens count from its start; those at the end are of
+the input that started it, and are not looked for again.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+from transformers.activations import ACT2FN
+
+from adapterkit.hub.bases.base import Base
+from adapterkit.hub.compose.admit import Options
+from adapterkit.hub.compose.blocks import Setup, Stack
+from adapterkit.hub.compose.lowering import Lowered
+from adapterkit.hub.findings import clean
+from adapterkit.hub.primitives import Intervention
+from adapterkit.registry.errors import InvalidError
+
+# The interventions of one adapter on one layer, and its weight.
+Group = tuple[float, tuple[Intervention, ...]]
+
+
+class Interventions:
+    """Hooks on the layers, and on the body, of what is active."""
+
+    def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
+        self._modules = dict(model.named_modules())
+        self._body: Any = getattr(model, "base_model", model)
+        self._names = list(inspect.signature(self._body.forward).parameters)
+        self._active: dict[str, list[Group]] = {}
+        self._handles: list[RemovableHandle] = []
+        self._here = threading.local()
+
+    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> Callable[[], None]:
+        found: dict[str, list[Group]] = {}
+        for name, weight in active.items():
+            for layer, made in lowered[name].updates.items():
+                mine = tuple(p for p in made if isinstance(p, Intervention))
+                if mine:
+                    found.setdefault(layer, []).append((weight, mine))
+                    _require_stacked(active, name)
+        return lambda: self._switch(found)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _switch(self, found: dict[str, list[Group]]) -> None:
+        self.remove()
+        self._active = found
+        if found:
+            before = self._body.register_forward_pre_hook(self._enter, with_kwargs=True)
+            self._handles.append(before)
+        for layer, groups in found.items():
+            hook = self._modules[layer].register_forward_hook(self._after(groups))
+            self._handles.append(hook)
+
+    def _enter(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        mask = given.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim != 2:
+            raise InvalidError(
+                f"attention_mask has {mask.ndim} dimensions: the active ReFT needs one of two, to"
+                " know which tokens are real"
+            )
+        cache = given.get("past_key_values")
+        self._here.mask, self._here.seen = mask, cache.get_seq_length() if cache is not None else 0
+
+    def _after(self, groups: list[Group]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            h = output[0] if isinstance(output, tuple) else output
+            numbers = self._numbers(h)
+            for weight, mine in groups:
+                h = _intervened(h, mine, numbers, weight)
+            return (h, *output[1:]) if isinstance(output, tuple) else h
+
+        return hook
+
+    def _numbers(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every token of h (batch, tokens): how many real ones stand before it, and behind it.
+        Negative for one that is none, and behind for all once a cache continues."""
+        mask, seen = self._here.mask, self._here.seen
+        batch, length = h.shape[:2]
+        if mask is None:
+            real = torch.ones(batch, seen + length, dtype=torch.long, device=h.device)
+        else:
+            real = (mask == 1).long().to(h.device)
+            # what stands in front of the input without being in the mask is none of its tokens
+            real = functional.pad(real, (max(seen + length - real.shape[1], 0), 0))
+        before, total = real.cumsum(1) - real, real.sum(1, keepdim=True)
+        none = real == 0
+        start = before.masked_fill(none, -1)[:, -length:]
+        end = (total - 1 - before).masked_fill(none, -1)[:, -length:]
+        return start, end if seen == 0 else end.fill_(-1)
+
+
+def _intervened(
+    h: Tensor, mine: tuple[Intervention, ...], numbers: tuple[Tensor, Tensor], weight: float
+) -> Tensor:
+    """All see the same h; of two on one token, the one at the end counts."""
+    start, end = numbers
+    changed = h
+    for one in mine:
+        x = h.to(one.source.dtype)
+        low = functional.linear(x, one.source, one.source_bias)
+        low = low if one.act is None else ACT2FN[one.act](low)
+        low = low - functional.linear(x, one.projection) if one.subtracts else low
+        new = (x + weight * (low @ one.projection)).to(h.dtype)
+        here = ((start >= 0) & (start < one.first)) | ((end >= 0) & (end < one.last))
+        changed = torch.where(here[..., None], new, changed)
+    return changed
+
+
+def _require_stacked(active: Setup, name: str) -> None:
+    """Interventions act on whole batches, one adapter after the other."""
+    block = active.block
+    other = [each for each in block.blocks() if not isinstance(each, Stack)] if block else []
+    if any(name in list(each) for each in other):
+        raise InvalidError(
+            f"{clean(name)} is a ReFT, which composes with others by Stack alone",
+            hint=f"found in {clean(repr(other[0]))}",
+        )
