@@ -18,6 +18,7 @@ from adapterkit.hub.compose.admit import Options, admit, refined
 from adapterkit.hub.compose.blocks import Block, Setup
 from adapterkit.hub.compose.entry import Entry
 from adapterkit.hub.compose.fusions import joined_by, require_composed, require_unused
+from adapterkit.hub.compose.interventions import Interventions
 from adapterkit.hub.compose.layers import Layers
 from adapterkit.hub.compose.context import Context
 from adapterkit.hub.compose.lowering import Bound, Lowered, lower
@@ -38,7 +39,7 @@ from adapterkit.registry.errors import (
 # The handle lies on the model itself: whoever drops the model drops its adapters.
 HANDLE = "adapterkit_adapters"
 # One for each class of primitives, from the outside in.
-PARTS: tuple[Make, ...] = (Context, Entry, Layers, Updates)
+PARTS: tuple[Make, ...] = (Context, Entry, Interventions, Layers, Updates)
 
 
 @dataclass(frozen=True)
