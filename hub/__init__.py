@@ -11,22 +11,36 @@ if TYPE_CHECKING:
     from adapterkit.hub.adapter import Adapter, AdapterInfo
     from adapterkit.hub.check import check, exit_code
     from adapterkit.hub.compose.attach import Adapters, attach, attached
+    from adapterkit.hub.compose.blocks import Average, BatchSplit, Fuse, Parallel, Split, Stack
+    from adapterkit.hub.convert import Conversion, convert
     from adapterkit.hub.describe import describe
     from adapterkit.hub.diff import Diff, diff
     from adapterkit.hub.findings import Finding, Report
     from adapterkit.hub.load import load
     from adapterkit.hub.locate import folder
+    from adapterkit.hub.mixing.blend import blend
+    from adapterkit.hub.mixing.written import Blend
 
 PLACES = {
     "Adapter": "adapterkit.hub.adapter",
     "AdapterInfo": "adapterkit.hub.adapter",
     "Adapters": "adapterkit.hub.compose.attach",
+    "Average": "adapterkit.hub.compose.blocks",
+    "BatchSplit": "adapterkit.hub.compose.blocks",
+    "Blend": "adapterkit.hub.mixing.written",
+    "Conversion": "adapterkit.hub.convert",
     "Diff": "adapterkit.hub.diff",
     "Finding": "adapterkit.hub.findings",
+    "Fuse": "adapterkit.hub.compose.blocks",
+    "Parallel": "adapterkit.hub.compose.blocks",
     "Report": "adapterkit.hub.findings",
+    "Split": "adapterkit.hub.compose.blocks",
+    "Stack": "adapterkit.hub.compose.blocks",
     "attach": "adapterkit.hub.compose.attach",
     "attached": "adapterkit.hub.compose.attach",
+    "blend": "adapterkit.hub.mixing.blend",
     "check": "adapterkit.hub.check",
+    "convert": "adapterkit.hub.convert",
     "describe": "adapterkit.hub.describe",
     "diff": "adapterkit.hub.diff",
     "exit_code": "adapterkit.hub.check",
@@ -38,12 +52,21 @@ __all__ = [
     "Adapter",
     "AdapterInfo",
     "Adapters",
+    "Average",
+    "BatchSplit",
+    "Conversion",
     "Diff",
     "Finding",
+    "Fuse",
+    "Parallel",
     "Report",
+    "Split",
+    "Stack",
     "attach",
     "attached",
+    "blend",
     "check",
+    "convert",
     "describe",
     "diff",
     "exit_code",
@@ -53,7 +76,8 @@ __all__ = [
 
 
 class _Hub(ModuleType):
-    """Keeps `hub.check` the function: the import system would bind the submodule of that name."""
+    """Keeps `hub.check` and `hub.blend` functions: the import system would bind the submodules of
+    those names."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in PLACES:

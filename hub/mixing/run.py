@@ -1,0 +1,137 @@
+"""The blend of one module after the other, so that one weight of the base is held at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from adapterkit.hub.blend.entries import ENTRYWISE
+from adapterkit.hub.blend.factors import Factors, norm
+from adapterkit.hub.blend.methods import method
+from adapterkit.hub.blend.settings import Place, Settings
+from adapterkit.hub.blend.truncate import spectrum
+from adapterkit.hub.convert import Converted
+from adapterkit.hub.findings import clean
+from adapterkit.hub.matching import Patterns
+from adapterkit.hub.mixing.inputs import Input
+from adapterkit.hub.mixing.options import AUTO, LINEAR_METHODS, Options
+from adapterkit.hub.mixing.terms import At, at, magnitude, single
+from adapterkit.registry.errors import InvalidError
+
+# A row scale nearer to 0 than this leaves a DoRA no direction to keep.
+LEAST_SCALE = 1e-3
+
+
+def settings_of(inputs: Sequence[Input], chosen: Options) -> Settings:
+    """What the methods are told. PEFT truncates to the largest rank of all modules, not of one."""
+    known = {each.name for each in fields(Settings)} - {"rank"}
+    unknown = sorted(chosen.settings.keys() - known)
+    if unknown:
+        every = ", ".join(sorted(known | {each.name for each in fields(Options)} - {"settings"}))
+        raise InvalidError(f"no option {', '.join(unknown)} of blend; there are {every}")
+    rank = chosen.rank if isinstance(chosen.rank, int) else None
+    if rank is None and chosen.settings.get("dialect") == "peft" and chosen.method.endswith("svd"):
+        rank = _largest_rank(inputs)
+    return Settings(rank=rank, **chosen.settings)
+
+
+@dataclass
+class Found:
+    """Of each module: factors, its row of the report, and what goes with them."""
+
+    factors: dict[str, Factors] = field(default_factory=dict)
+    rows: list[Converted] = field(default_factory=list)
+    shifts: dict[str, Tensor] = field(default_factory=dict)
+    magnitudes: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Mix:
+    """One method at one rank over all modules of some inputs."""
+
+    def __init__(self, inputs: Sequence[Input], chosen: Options) -> None:
+        self._inputs, self._chosen = inputs, chosen
+        self._settings = settings_of(inputs, chosen)
+        self._method = method(chosen.method, self._settings)
+        self._patterns = Patterns()
+        exact = chosen.method in LINEAR_METHODS and chosen.rank is None
+        # a DoRA is one for all of its modules
+        self._dora = exact and any(getattr(one.adapter.fields, "dora", False) for one in inputs)
+
+    def run(self, modules: Sequence[str]) -> Found:
+        found = Found()
+        for module in modules:
+            self._one(module, found)
+        return found
+
+    def _one(self, module: str, found: Found) -> None:
+        weights = self._weights(module)
+        here = at(module, self._inputs, weights, apart=self._dora)
+        factors, error, needed = self._factors(module, here)
+        if self._dora:
+            factors, found.magnitudes[module] = self._magnitude(module, factors, here)
+        size = norm(factors) / math.sqrt(1 - error**2) if error < 1 else 0.0
+        found.factors[module] = factors
+        found.rows.append(Converted(module, needed, factors.rank, error, 0.0, size))
+        if here.shift is not None:
+            found.shifts[module] = here.shift
+
+    def _weights(self, module: str) -> list[float]:
+        weights = [one.weight for one in self._inputs]
+        for pattern, shares in self._chosen.at.items():
+            if len(shares) != len(weights):
+                raise InvalidError(
+                    f"{clean(pattern)} has {len(shares)} weights, expected {len(weights)}"
+                )
+            if self._patterns.match(rf"(?:.*\.)?(?:{pattern})(?:\..*)?", module, "at"):
+                return [one.weight * shares[one.given] for one in self._inputs]
+        return weights
+
+    def _factors(self, module: str, here: At) -> tuple[Factors, float, int]:
+        """(factors, error, the rank at which they would be exact)."""
+        entrywise = self._chosen.method in ENTRYWISE or self._settings.dialect == "peft"
+        terms = single(here.terms) if entrywise else list(here.terms)
+        self._require_bounded(module, here)
+        made = self._method(terms, Place(module, self._settings))
+        needed = sum(term.factors.rank for term in terms)
+        if self._chosen.rank != AUTO:
+            return made.factors, made.error, max(needed, made.factors.rank)
+        values = spectrum(made.factors)
+        keep = min(values.rank_for(self._chosen.energy), made.factors.rank)
+        lost = values.error(keep)
+        return values.truncated(keep), math.hypot(made.error, lost), made.factors.rank
+
+    def _require_bounded(self, module: str, here: At) -> None:
+        """A sum of changes without factors has the rank of the weight."""
+        loose = [term for term in here.terms if term.rest is not None]
+        if loose and self._settings.rank is None and self._chosen.method in ("sum", "average"):
+            names = ", ".join(self._inputs[term.index].name for term in loose)
+            raise InvalidError(
+                f"{names}: the change of {clean(module)} is no low-rank one",
+                hint="give --rank R for the best of that rank, or --as recipe to keep it exact",
+            )
+
+    def _magnitude(self, module: str, factors: Factors, here: At) -> tuple[Factors, Tensor]:
+        n_out = factors.shape[0]
+        g = torch.zeros(n_out, dtype=torch.float64) if here.g is None else here.g
+        least = float((1 + g).abs().min())
+        if least < LEAST_SCALE:
+            raise InvalidError(
+                f"{clean(module)}: the weighted sum scales a row by {least:.2g}, as no DoRA does",
+                hint="give --rank R for a LoRA, the best of that rank",
+            )
+        weight = self._inputs[0].ground.weight(module)
+        return magnitude(weight, factors, g)
+
+
+def _largest_rank(inputs: Sequence[Input]) -> int:
+    sizes = [
+        stored.shape[0]
+        for one in inputs
+        for (_, role), stored in one.adapter.tensors.items()
+        if role in ("A", "embedding_A")
+    ]
+    return max(sizes, default=1)
