@@ -264,7 +264,7 @@ def test_a_wrong_base_raises_with_all_findings_before_anything_is_copied(
 ) -> None:
     model = load_llama("llama_wide")
     monkeypatch.setattr(
-        "adapterkit.hub.compose.lowering.read_tensor", lambda _: pytest.fail("read")
+        "adapterkit.hub.tensors.read_tensor", lambda _: pytest.fail("read")
     )
     with pytest.raises(MismatchError) as caught:
         attach(model, [case("lora_qv")])
