@@ -103,7 +103,7 @@ def refuse_other_formats(prefix: bytes, name: str, size: int) -> None:
     if prefix.startswith(b"PK\x03\x04") or pickled:
         raise DamagedError(
             f"{name} is a pickle or torch archive, not a safetensors file (no safetensors header)",
-            hint="pickles can run code and are never opened: save it again with safetensors",
+            hint="save it again with safetensors; plain tensors are read from a .bin too",
         )
     if size < 8:
         raise DamagedError(f"{name} has {size} bytes: truncated before the end of its header")

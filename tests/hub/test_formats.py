@@ -176,6 +176,11 @@ def test_a_hint_may_name_the_format_where_there_is_no_doubt(registry: Registry, 
     assert read_adapter(locate("q", registry)).format == "loralib"
 
 
+def test_every_format_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    assert [name for name in FORMATS if f"| `{name}`" not in page] == []
+
+
 def test_every_format_says_what_it_can_be_told() -> None:
     from importlib import import_module
 
