@@ -24,6 +24,7 @@ from adapterkit.hub.sources import open_folder
 from adapterkit.registry import Registry
 from adapterkit.registry.errors import DamagedError, InvalidError, NotFoundError
 
+pytestmark = pytest.mark.filterwarnings("ignore::adapterkit.registry.errors.AdapterWarning")
 Make = Callable[..., Path]
 MODULE = "transformer.h.0.attn.c_attn"
 
