@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from adapterkit.hub.matching import Patterns
+from adapterkit.hub.matching import Patterns, Targets
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,23 @@ class FusedLoraFields(LoraFields):
     def parts(self, module: str) -> tuple[bool, ...]:
         """Which of the matrices in a module have factors; (True,) for one that is a single one."""
         return self.fused.get(module.rpartition(".")[2], (True,))
+
+
+@dataclass(frozen=True)
+class UnionPart:
+    """One of several kinds in an adapter: its row in `kinds.KINDS`, its fields, its modules."""
+
+    kind: str
+    fields: Any
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class UnionFields:
+    """Several kinds in one adapter. The roles of a part's tensors have its number in front."""
+
+    parts: tuple[UnionPart, ...]
+    replaced: ReplacedFields = ReplacedFields()
 
 
 @dataclass(frozen=True)
@@ -382,3 +399,21 @@ class BitfitFields:
     whole: tuple[str, ...] = ()
     extends: bool = False
     replaced: ReplacedFields = ReplacedFields()
+
+
+@dataclass(frozen=True)
+class BoftFields:
+    """BOFT. Liu et al. 2024, arXiv:2311.06243.
+
+    size: inputs that one block turns, or count: blocks; the other is 0 and follows. stages: sparse
+    matrices that are multiplied.
+    """
+
+    size: int
+    count: int
+    stages: int = 1
+    replaced: ReplacedFields = ReplacedFields()
+
+    def block_size(self, n_in: int) -> int:
+        """For a module of n_in inputs; 0 if they do not divide so."""
+        return self.size or (0 if n_in % self.count else n_in // self.count)

@@ -81,6 +81,12 @@ def replaced(
     )
 
 
+def size_or_zero(reader: ConfigReader, field: str, default: int, limit: int) -> int:
+    """0 where another field says it."""
+    value = reader.config.get(field, default)
+    return 0 if value == 0 and value is not False else reader.count(field, default, limit)
+
+
 def written_before(reader: ConfigReader, version: Version) -> bool:
     """Whether an older PEFT wrote it; those up to 0.17 do not say."""
     written = reader.text("peft_version")

@@ -10,7 +10,7 @@ from packaging.version import Version
 from adapterkit.hub.fields import OftFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
 from adapterkit.hub.formats.config import ConfigReader
-from adapterkit.hub.formats.peft_config import MAX_RANK, replaced, written_before
+from adapterkit.hub.formats.peft_config import MAX_RANK, replaced, size_or_zero, written_before
 from adapterkit.hub.formats.peft_type import PeftType
 
 # Each term is a product of small matrices; the series has long converged.
@@ -21,8 +21,8 @@ LAST_TERM_ONCE = Version("0.18.0")
 
 def read(reader: ConfigReader, names: Collection[str]) -> OftFields:
     is_old = "oft_block_size" not in reader.config  # refused below, whatever else it says
-    count = _size(reader, "r", 0)
-    size = 0 if is_old and count else _size(reader, "oft_block_size", 32)
+    count = size_or_zero(reader, "r", 0, MAX_RANK)
+    size = 0 if is_old and count else size_or_zero(reader, "oft_block_size", 32, MAX_RANK)
     if bool(count) == bool(size):
         reader.fault("oft_block_size", f"0 or not, as r is {'not ' if count else ''}0")
     terms = reader.count("num_cayley_neumann_terms", 5, MAX_TERMS)
@@ -42,11 +42,6 @@ def read(reader: ConfigReader, names: Collection[str]) -> OftFields:
     )
     reader.done()
     return fields
-
-
-def _size(reader: ConfigReader, field: str, default: int) -> int:
-    value = reader.config.get(field, default)
-    return 0 if value == 0 and value is not False else reader.count(field, default, MAX_RANK)
 
 
 def refusals(config: Mapping[str, Any]) -> list[Finding]:

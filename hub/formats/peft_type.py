@@ -54,6 +54,7 @@ PEFT_TYPES = {
     "BOTTLENECK": "adapterkit.hub.formats.llm_adapters:BOTTLENECK",
     "LORA": "adapterkit.hub.formats.peft_lora:LORA",
     "OFT": "adapterkit.hub.formats.peft_oft:OFT",
+    "BOFT": "adapterkit.hub.formats.peft_boft:BOFT",
     "ADALORA": "adapterkit.hub.formats.peft_adalora:ADALORA",
     "LOHA": "adapterkit.hub.formats.peft_products:LOHA",
     "LOKR": "adapterkit.hub.formats.peft_products:LOKR",
@@ -72,7 +73,6 @@ OTHER_TYPES = frozenset(
     [
         "ADAMSS",
         "ADAPTION_PROMPT",
-        "BOFT",
         "BOTTLENECK",
         "C3A",
         "CARTRIDGE",

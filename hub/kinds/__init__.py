@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from adapterkit.hub.kinds.base import Kind, Schema
 
 KINDS = {
+    "union": "adapterkit.hub.kinds.union:Union",
     "reft": "adapterkit.hub.kinds.reft:Reft",
     "fused_ia3": "adapterkit.hub.kinds.fused_ia3:FusedIa3",
     "gated_lora": "adapterkit.hub.kinds.gated_lora:GatedLora",
@@ -26,6 +27,7 @@ KINDS = {
     "adalora": "adapterkit.hub.kinds.adalora:Adalora",
     "beft": "adapterkit.hub.kinds.beft:Beft",
     "bitfit": "adapterkit.hub.kinds.bitfit:Bitfit",
+    "boft": "adapterkit.hub.kinds.boft:Boft",
     "loha": "adapterkit.hub.kinds.loha:Loha",
     "lokr": "adapterkit.hub.kinds.lokr:Lokr",
     "ln_tuning": "adapterkit.hub.kinds.ln_tuning:LnTuning",
