@@ -80,7 +80,7 @@ def read(
         fields=fields,
         targets=targets,
         tensors=_together(keys, head),
-        config=config,
+        config={**config, **method},
         unconsumed=(*keys.strays, *head.strays),
         unknown_fields=tuple(names),
         base_name=_text(config, "model_name"),
@@ -155,18 +155,30 @@ def _unknown(
 ) -> tuple[list[str], list[Finding]]:
     """Fields nothing is known of, around the method's config and in it."""
     around, findings = unknown_fields(config, AROUND, allowed)
-    known = row.known | row.inert | row.refused.keys() | {"architecture"}
-    inside, more = unknown_fields(method, known, allowed)
-    return around + [name for name in inside if name in config], findings + more
+    for inner, own in _all(method, row):
+        known = own.known | own.inert | own.refused.keys() | {"architecture"}
+        inside, more = unknown_fields(inner, known, allowed)
+        around += inside if inner is method else []
+        findings += more
+    return around, findings
+
+
+def _all(
+    method: Mapping[str, Any], row: Architecture
+) -> list[tuple[Mapping[str, Any], Architecture]]:
+    """The method's config and those in it, each with its row."""
+    return [(method, row), *row.parts(method)]
 
 
 def _refusals(method: Mapping[str, Any], row: Architecture, outer: Outer) -> list[Finding]:
-    found = [
-        unsupported(field, why)
-        for field, why in row.refused.items()
-        if not is_blank(method.get(field))
-    ]
-    found += row.refusals(method, outer)
+    found: list[Finding] = []
+    for inner, own in _all(method, row):
+        found += [
+            unsupported(field, why)
+            for field, why in own.refused.items()
+            if not is_blank(inner.get(field))
+        ]
+        found += own.refusals(inner, outer)
     if outer.version is None:
         about = "none of adapters: written by adapter-transformers, and read as that is"
         found.append(Finding(WARNING, "old-version", "version", f"{LIBRARY}NUMBER", about))

@@ -50,6 +50,10 @@ def _no_targets(reader: ConfigReader, outer: Outer, paths: Paths) -> Targets:
     return Targets()
 
 
+def _alone(config: Mapping[str, Any]) -> list[Any]:
+    return []
+
+
 def _none(config: Mapping[str, Any], outer: Outer) -> list[Finding]:
     return []
 
@@ -68,7 +72,8 @@ class Architecture:
     that change the result and are not applied -> why. refusals: what else the config asks for in
     vain. repeated: roles of tensors that the library writes again under every layer. hints: what
     the user may say beside the config. placing: the method's config -> what stands for `place`,
-    where keys mean what the config says.
+    where keys mean what the config says; repeating, likewise, for `repeated`. parts: the configs
+    inside its own, each with its row.
     """
 
     kind: str | Callable[[Mapping[str, Any], Outer], str]
@@ -82,10 +87,14 @@ class Architecture:
     repeated: frozenset[str] = frozenset()
     hints: frozenset[str] = frozenset()
     placing: Callable[[Mapping[str, Any]], Callable[[Key], Place | None]] | None = None
+    repeating: Callable[[Mapping[str, Any]], frozenset[str]] | None = None
+    parts: Callable[[Mapping[str, Any]], list[tuple[Mapping[str, Any], Architecture]]] = _alone
 
     def placed(self, config: Mapping[str, Any]) -> Architecture:
-        """With the `place` that this config asks for."""
-        return self if self.placing is None else replace(self, place=self.placing(config))
+        """With the `place` and `repeated` that this config asks for."""
+        place = self.place if self.placing is None else self.placing(config)
+        repeated = self.repeated if self.repeating is None else self.repeating(config)
+        return replace(self, place=place, repeated=repeated)
 
     def kind_of(self, config: Mapping[str, Any], outer: Outer) -> str:
         return self.kind if isinstance(self.kind, str) else self.kind(config, outer)
@@ -97,6 +106,7 @@ ARCHITECTURES = {
     BOTTLENECK: "adapterkit.hub.formats.adapterhub_bottleneck:BOTTLENECK",
     "prefix_tuning": "adapterkit.hub.formats.adapterhub_prefix:PREFIX",
     "prompt_tuning": "adapterkit.hub.formats.adapterhub_prompt:PROMPT",
+    "union": "adapterkit.hub.formats.adapterhub_union:UNION",
     "reft": "adapterkit.hub.formats.adapterhub_reft:REFT",
     "lora": "adapterkit.hub.formats.adapterhub_lora:LORA",
 }
