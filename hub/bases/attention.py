@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from adapterkit.hub.bases.base import Module
 
 SELF, CROSS, ENCODER = "self", "cross", "encoder"
-# last names of what makes the keys -> which share of its outputs they are. Of a family that calls
-# it otherwise nothing is known here, and prefixes for it are refused.
+# Last names of what makes the keys -> where it makes queries and values as well, the projection
+# behind the attention, which has as many inputs as there are queries. Of a family that calls it
+# otherwise nothing is known here, and prefixes for it are refused.
 KEYS = {
-    "self_attn.k_proj": 1,
-    "attention.self.key": 1,
-    "SelfAttention.k": 1,
-    "attn.c_attn": 3,
-    "attention.query_key_value": 3,
+    "self_attn.k_proj": "",
+    "attn.k_proj": "",
+    "attention.self.key": "",
+    "SelfAttention.k": "",
+    "attn.c_attn": "c_proj",
+    "attention.query_key_value": "dense",
+    "self_attention.query_key_value": "dense",
+    "self_attn.qkv_proj": "o_proj",
 }
-CROSS_KEYS = {"encoder_attn.k_proj": 1, "crossattention.self.key": 1, "EncDecAttention.k": 1}
+CROSS_KEYS = {"encoder_attn.k_proj": "", "crossattention.self.key": "", "EncDecAttention.k": ""}
 NUMBER = re.compile(r"\.(\d{1,9})\.")
 # Ends of what the first table is called that turns token ids into vectors.
 TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_embeddings")
@@ -46,9 +50,18 @@ def attentions(modules: Mapping[str, Module], place: str) -> list[Attention]:
         else:
             here = ENCODER if len(stacks) == 2 and _is_in("encoder", name) else SELF
         if number is not None and here == place:
-            width = modules[name].n_out // (KEYS | CROSS_KEYS)[end]
-            found[int(number[1])] = Attention(name.rpartition(".")[0], width)
+            path = name.rpartition(".")[0]
+            width = _width(modules, name, f"{path}.{(KEYS | CROSS_KEYS)[end]}")
+            found[int(number[1])] = Attention(path, width)
     return [found[layer] for layer in sorted(found)]
+
+
+def _width(modules: Mapping[str, Module], keys: str, behind: str) -> int:
+    """Of the keys: all outputs, or half of those that are not queries."""
+    if behind.endswith("."):
+        return modules[keys].n_out
+    queries = modules[behind].n_in if behind in modules else 0
+    return (modules[keys].n_out - queries) // 2
 
 
 def _end(name: str) -> str | None:

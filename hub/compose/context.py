@@ -29,6 +29,8 @@ from adapterkit.registry.errors import InvalidError, MismatchError
 CACHE, FLAGS, MASK, POSITIONS = "past_key_values", "block_flag", "attention_mask", "position_ids"
 EMBEDS, LENGTH = "inputs_embeds", "past_key_values_length"
 IGNORED = -100
+# Ends of the classes that label a sequence as a whole.
+WHOLE = ("ForSequenceClassification", "ForMultipleChoice")
 # Families whose positions follow from the mask.
 BY_MASK = {"bloom"}
 
@@ -44,6 +46,7 @@ class Context:
         self._gates = Gates(model)
         self._flags: object = None
         self._starts = False  # whether the forward that runs is the first of its sequence
+        self._entered = False  # whether the body took part in it
 
     def plan(
         self, active: Mapping[str, float], lowered: Mapping[str, Lowered]
@@ -67,7 +70,10 @@ class Context:
 
     @property
     def _body(self) -> Any:
-        return self._model.base_model
+        """What the model puts its head on: in some families the only stack of a pair."""
+        body = self._model.base_model
+        pair = bool(self._model.config.is_encoder_decoder)
+        return body if pair else getattr(body, "decoder", body)
 
     @property
     def _names(self) -> set[str]:
@@ -98,7 +104,7 @@ class Context:
 
     def _install(self) -> None:
         if self._model.config.is_encoder_decoder:
-            stacks = TwoStacks(self._model, lambda: self._standing, self._embedded)
+            stacks = TwoStacks(self._model, self._active, self._embedded)
             self._swaps += stacks.install()
         else:
             self._swaps.append(Swap(self._body, self._run_body))
@@ -106,20 +112,29 @@ class Context:
                 self._swaps.append(Swap(self._block, self._run_block))
         self._swaps.append(Swap(self._model, self._run_model, (FLAGS,)))
 
+    def _active(self) -> Standing | None:
+        self._entered = True
+        return self._standing
+
     def _run_model(self, original: Forward, call: Call) -> Any:
         """The whole model: what only it knows of the call."""
         self._flags = call.pop(FLAGS, None)
         if self._standing is not None and self._keep:
             self._extend_labels(call, self._standing)
+        self._entered = False
         try:
-            return original(**call)
+            output = original(**call)
         finally:
             self._flags = None
+        if self._standing is not None and not self._entered:
+            name = type(self._model).__name__
+            raise MismatchError(f"{name} does not call what prefixes and prompts are put before")
+        return output
 
     def _extend_labels(self, call: Call, found: Standing) -> None:
         """Virtual positions have no label; whole sequences have one, wherever they start."""
         n, labels = found.n_front + found.n_embedded, call.get("labels")
-        whole = type(self._model).__name__.endswith("ForSequenceClassification")
+        whole = type(self._model).__name__.endswith(WHOLE)
         if self._model.config.is_encoder_decoder or whole:
             return
         if n and isinstance(labels, Tensor) and labels.ndim == 2:
@@ -128,7 +143,7 @@ class Context:
 
     def _run_body(self, original: Forward, call: Call) -> Any:
         """The model without its head: it sees what stands in front, and its head does not."""
-        found, cache = self._standing, call.get(CACHE)
+        found, cache = self._active(), call.get(CACHE)
         if found is None:
             caches.require_own(cache, None)
             return original(**call)
@@ -147,17 +162,32 @@ class Context:
         output = original(**call, return_dict=True)
         output = output if returns else outputs.without(output, CACHE)
         caches.mark(output.get(CACHE), found.activation)
-        if self._starts and not self._keep:
-            for start, n in reversed(_inserted(found)):
-                output = outputs.cut(output, start, n)
+        if self._starts:
+            output = self._cut(output, found)
         as_dict = self._model.config.return_dict if wanted is None else wanted
         return output if as_dict else output.to_tuple()
+
+    def _cut(self, output: Any, found: Standing) -> Any:
+        """The output as a head expects it. A label of a whole sequence comes from its first
+        position in an encoder, which virtual tokens take, and elsewhere from the last real one."""
+        whole = type(self._model).__name__.endswith(WHOLE)
+        if self._keep and (self._encodes or not whole):
+            return output
+        names = outputs.LAYERS if whole and self._encodes else outputs.ALL
+        for start, n in reversed(_inserted(found)):
+            output = outputs.cut(output, start, n, names)
+        return output
 
     def _caches(self, call: Call) -> bool:
         """Whether a call without a cache returns one: what a prefix was written to is no other."""
         config, wanted = self._model.config, call.get("use_cache")
-        decodes = self._block is None or config.is_decoder
-        return decodes and bool(config.use_cache if wanted is None else wanted)
+        wanted = getattr(config, "use_cache", False) if wanted is None else wanted
+        return bool(wanted) and not self._encodes
+
+    @property
+    def _encodes(self) -> bool:
+        """Whether every token sees all others, so that nothing is kept for later ones."""
+        return self._block is not None and not getattr(self._model.config, "is_decoder", False)
 
     def _move(self, call: Call, found: Standing, past: int) -> None:
         """The positions of real tokens, behind everything they stand behind."""
@@ -208,6 +238,9 @@ class Context:
             return original(**call)
         if call.get(LENGTH):
             call[LENGTH] -= found.n_keys - found.n_shifting
+        mask = call.get("mask")
+        if self._starts and found.embedded and isinstance(mask, Tensor):
+            call["mask"] = mask[:, found.n_embedded :]  # of what is embedded, as the caller gave it
         embedded: Tensor = original(**call)
         for rows, behind_first in found.embedded if self._starts else ():
             new = rows.to(embedded.device, embedded.dtype).expand(len(embedded), *rows.shape)

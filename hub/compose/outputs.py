@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# outputs (batch, length, ...), and those that hold one such for each layer
-TOKENS = ("last_hidden_state", "hidden_states")
-# (batch, heads, length, keys) for each layer
-ROWS = ("attentions",)
+# Where positions are counted: hidden states are (batch, length, width), attentions (batch, heads,
+# length, keys), one for each layer.
+LAYERS = {"hidden_states": 1, "attentions": -2}
+ALL = {"last_hidden_state": 1, **LAYERS}
 
 
-def cut(output: Any, start: int, n: int) -> Any:
+def cut(output: Any, start: int, n: int, names: Mapping[str, int]) -> Any:
     """The output without positions start to start + n; keys stay what the attention saw."""
-    for name in TOKENS:
+    for name, axis in names.items():
         if output.get(name) is not None:
-            output[name] = _each(output[name], start, n, 1)
-    for name in ROWS:
-        if output.get(name) is not None:
-            output[name] = _each(output[name], start, n, -2)
+            output[name] = _each(output[name], start, n, axis)
     return output
 
 

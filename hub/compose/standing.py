@@ -145,7 +145,8 @@ def _gates(prefixes: list[PrefixKV], split: list[Held]) -> Iterator[Gate]:
 
 def _key_heads(model: Any) -> int:
     """Heads of keys in every layer. Raises MismatchError where layers are not alike."""
-    config = model.config.get_text_config(decoder=True)
+    pair = bool(model.config.is_encoder_decoder)
+    config = model.config if pair else model.config.get_text_config(decoder=True)
     odd = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if odd:
         shown = ", ".join(sorted(odd))

@@ -60,8 +60,8 @@ class Prefix:
                 about = "of several widths" if widths else "none that is known in this family"
                 want = f"{place} attentions of one width"
                 findings.append(Finding(ERROR, UNSUPPORTED, "the prefix", want, about))
-                continue
-            forms = _forms(adapter, place, _columns(len(found), widths.pop()))
+            columns = _columns(len(found), widths.pop()) if len(widths) == 1 else None
+            forms = _forms(adapter, place, columns)
             for part, sizes in forms.items():
                 stored = adapter.tensors.get(("", f"{place}.{part}"))
                 tensors["", f"{place}.{part}"] = _expected(stored, sizes)
