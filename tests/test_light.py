@@ -43,6 +43,7 @@ def test_no_light_command_imports_torch(fixtures, tmp_path):
         ("add", folder, "sql", "--base", base),
         ("list",),
         ("show", "sql"),
+        ("inspect", "sql"),
         ("check", "sql", "--base", base, "--deep"),
         ("base", base, "--weights"),
         ("tag", "sql@1.0", "prod"),
