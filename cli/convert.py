@@ -106,7 +106,8 @@ def record(made: Conversion) -> dict[str, Any]:
 def tell(app: App, made: Conversion, done: dict[str, Any]) -> None:
     info = made.info
     where = done["ref"] or done["folder"]
-    say(f"{where}: LoRA of rank {made.rank} on {', '.join(info.targets)}, {size(info.size)}")
+    what = f"{info.variant} of rank {made.rank} on {', '.join(info.targets)}"
+    say(f"{where}: {what}, {size(info.size)}")
     if made.error:
         say(f"  error {made.error:.3g} of the change, over {count(len(made.modules), 'module')}")
     else:

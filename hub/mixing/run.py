@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from adapterkit.hub.blend.entries import ENTRYWISE
 from adapterkit.hub.blend.factors import Factors, norm
 from adapterkit.hub.blend.methods import method
-from adapterkit.hub.blend.settings import Place, Settings
+from adapterkit.hub.blend.settings import Blended, Place, Settings
 from adapterkit.hub.blend.truncate import spectrum
 from adapterkit.hub.convert import Converted
 from adapterkit.hub.findings import clean
@@ -24,6 +24,8 @@ from adapterkit.registry.errors import InvalidError
 
 # A row scale nearer to 0 than this leaves a DoRA no direction to keep.
 LEAST_SCALE = 1e-3
+# Of the sum of ranks: as far as a rank is looked for in a change that has none of its own.
+MOST = 4
 
 
 def settings_of(inputs: Sequence[Input], chosen: Options) -> Settings:
@@ -55,7 +57,9 @@ class Mix:
     def __init__(self, inputs: Sequence[Input], chosen: Options) -> None:
         self._inputs, self._chosen = inputs, chosen
         self._settings = settings_of(inputs, chosen)
-        self._method = method(chosen.method, self._settings)
+        # picked per module from the whole sum, which svd would cut to a rank before
+        name = "sum" if chosen.rank == AUTO and chosen.method == "svd" else chosen.method
+        self._method = method(name, self._settings)
         self._patterns = Patterns()
         exact = chosen.method in LINEAR_METHODS and chosen.rank is None
         # a DoRA is one for all of its modules
@@ -95,14 +99,28 @@ class Mix:
         entrywise = self._chosen.method in ENTRYWISE or self._settings.dialect == "peft"
         terms = single(here.terms) if entrywise else list(here.terms)
         self._require_bounded(module, here)
-        made = self._method(terms, Place(module, self._settings))
         needed = sum(term.factors.rank for term in terms)
-        if self._chosen.rank != AUTO:
-            return made.factors, made.error, max(needed, made.factors.rank)
+        settings = self._settings
+        if entrywise and self._chosen.rank == AUTO:
+            settings = replace(settings, rank=min(MOST * needed, *terms[0].shape))
+        made = self._method(terms, Place(module, settings))
+        if self._chosen.rank == AUTO:
+            return self._picked(module, made)
+        return made.factors, made.error, max(needed, made.factors.rank)
+
+    def _picked(self, module: str, made: Blended) -> tuple[Factors, float, int]:
+        """The smallest rank that keeps the energy."""
+        left = 1 - made.error**2  # what the factors hold of it
+        if left < self._chosen.energy:
+            raise InvalidError(
+                f"{clean(module)}: rank {made.factors.rank} keeps only {left:.3g} of what"
+                f" {self._chosen.method} means, not {self._chosen.energy:g}",
+                hint="give a lower --energy, or --rank R",
+            )
         values = spectrum(made.factors)
-        keep = min(values.rank_for(self._chosen.energy), made.factors.rank)
-        lost = values.error(keep)
-        return values.truncated(keep), math.hypot(made.error, lost), made.factors.rank
+        keep = min(values.rank_for(self._chosen.energy / left), made.factors.rank)
+        kept = left * (1 - values.error(keep) ** 2)
+        return values.truncated(keep), math.sqrt(max(1 - kept, 0.0)), made.factors.rank
 
     def _require_bounded(self, module: str, here: At) -> None:
         """A sum of changes without factors has the rank of the weight."""

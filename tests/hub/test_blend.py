@@ -151,6 +151,9 @@ def test_ranks_are_picked_per_module_for_an_energy(
     config = json.loads(made.files["adapter_config.json"])
     assert config["rank_pattern"] == {m.module: m.rank for m in made.modules}
     alone(model, made, tmp_path)
+    with pytest.raises(InvalidError, match="keeps only 0.* of what ties means"):
+        blend(weights, method="ties", rank="auto", energy=0.999999)
+    assert blend(weights, method="ties", rank="auto", energy=0.8).error <= 0.2**0.5
 
 
 def test_weights_per_module_are_multiplied_with_those_of_the_adapters(
@@ -180,8 +183,8 @@ def test_weights_per_module_are_multiplied_with_those_of_the_adapters(
 def with_head(source: Path, target: Path, value: torch.Tensor) -> Path:
     """A copy that replaces the output head too."""
     shutil.copytree(source, target)
-    config = json.loads((target / "adapter_config.json").read_text())
-    (target / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
+    place = target / "adapter_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"modules_to_save": ["lm_head"]}))
     tensors = load_file(target / "adapter_model.safetensors")
     tensors["base_model.model.lm_head.weight"] = value
     save_file(tensors, target / "adapter_model.safetensors", {"format": "pt"})
@@ -246,14 +249,15 @@ def test_changes_without_factors_are_blended_to_a_rank(
     ("path", "words"),
     [
         ("adapters/llama_prefix1", "no change of a weight equals it"),
-        ("cases/llama.oft/adapter", "turns the input"),
+        ("cases/bert.oft_cls/adapter", "turns the input"),
         ("cases/mixtral.lora_experts/adapter", "experts"),
     ],
 )
 def test_what_no_weight_carries_is_refused_with_the_reason(
     fixtures: Path, path: str, words: str
 ) -> None:
-    base = fixtures / ("bases/mixtral" if "mixtral" in path else "bases/llama")
+    name = next((name for name in ("mixtral", "bert") if name in path), "llama")
+    base = fixtures / "bases" / name
     with pytest.raises(AdapterError, match=words):
         blend({fixtures / path: 0.5}, base=base)
 

@@ -58,6 +58,7 @@ def near(found: Factors, expected: Tensor, within: float = 1e-5) -> None:
     assert gap <= within, float(gap)
 
 
+@settings(max_examples=40, deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES, st.floats(-3, 3))
 def test_inner_products_are_those_of_the_dense_changes(
     n_out: int, n_in: int, r: int, q: int, scale: float
@@ -67,7 +68,7 @@ def test_inner_products_are_those_of_the_dense_changes(
     assert norm(a) == pytest.approx(float(dense(a).norm()), abs=1e-9)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(SIZES, SIZES, st.lists(st.tuples(SIZES, st.floats(-2, 2)), min_size=1, max_size=4))
 def test_a_sum_is_exact_whatever_the_ranks_and_signs(
     n_out: int, n_in: int, parts: list[tuple[int, float]]
@@ -87,7 +88,7 @@ def test_one_adapter_at_weight_1_is_itself_bit_for_bit() -> None:
         assert torch.equal(found.A, one.A) and torch.equal(found.B, one.B)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(SIZES, SIZES, SIZES, SIZES)
 def test_truncation_is_the_optimum_of_a_dense_svd(
     n_out: int, n_in: int, rank: int, keep: int
@@ -130,6 +131,7 @@ def test_a_change_that_is_nothing_has_no_error_and_rank_1() -> None:
     assert (found.error(1), found.rank_for(0.99)) == (0.0, 1)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.floats(0.01, 1.0))
 def test_the_rank_for_an_energy_is_the_smallest_that_keeps_it(energy: float) -> None:
     found = spectrum(factors(5, 20, 15, 8))
@@ -139,6 +141,7 @@ def test_the_rank_for_an_energy_is_the_smallest_that_keeps_it(energy: float) -> 
     assert rank == 1 or shares[rank - 2] < energy
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.floats(0, 1))
 def test_slerp_turns_from_the_first_to_the_second(t: float) -> None:
     a, b = terms([1 - t, t])
