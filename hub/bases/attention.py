@@ -31,10 +31,11 @@ TABLES = ("embed_tokens", "wte", "word_embeddings", "shared", "embed_in", "tok_e
 @dataclass(frozen=True)
 class Attention:
     """path: of the module. width: of its keys, heads times head size; those that groups of query
-    heads share count once."""
+    heads share count once. n_in: of what they are made of."""
 
     path: str
     width: int
+    n_in: int
 
 
 def attentions(modules: Mapping[str, Module], place: str) -> list[Attention]:
@@ -52,7 +53,7 @@ def attentions(modules: Mapping[str, Module], place: str) -> list[Attention]:
         if number is not None and here == place:
             path = name.rpartition(".")[0]
             width = _width(modules, name, f"{path}.{(KEYS | CROSS_KEYS)[end]}")
-            found[int(number[1])] = Attention(path, width)
+            found[int(number[1])] = Attention(path, width, modules[name].n_in)
     return [found[layer] for layer in sorted(found)]
 
 

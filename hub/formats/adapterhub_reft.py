@@ -68,10 +68,10 @@ def _activation(reader: ConfigReader) -> str | None:
 
 def _tokens(reader: ConfigReader, field: str) -> int:
     value = reader.config.get(field)
-    if not is_index(value) or value > MAX_TOKENS:
+    if not isinstance(value, int) or not is_index(value) or value > MAX_TOKENS:
         reader.fault(field, f"an integer from 0 to {MAX_TOKENS}")
         return 0
-    return int(value)
+    return value
 
 
 def _layers(reader: ConfigReader) -> tuple[int, ...] | None:

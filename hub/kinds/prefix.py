@@ -156,8 +156,7 @@ def _gates(adapter: Adapter, found: list[Attention]) -> dict[tuple[str, str], Ex
     rows: int = adapter.fields.gate_rows
     made = {}
     for attention in found:
-        weight = adapter.tensors.get((attention.path, GATE[0]))
-        made[attention.path, GATE[0]] = _expected(weight, (rows, None))
+        made[attention.path, GATE[0]] = Expected((rows, attention.n_in))
         made[attention.path, GATE[1]] = Expected((rows,))
     return made
 

@@ -15,7 +15,7 @@ from adapterkit.hub.bases.places import EMBEDDINGS, places
 from adapterkit.hub.fields import ReftFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
 from adapterkit.hub.kinds import placed, replaced
-from adapterkit.hub.kinds.base import Lowered, Schema, Site, Summary
+from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
 from adapterkit.hub.kinds.placed import Form, Size
 from adapterkit.hub.primitives import Intervention
 
@@ -50,7 +50,7 @@ class Reft:
         if base.config.get("is_encoder_decoder"):
             about = "two stacks, whose tokens are not the same"
             findings.append(Finding(ERROR, UNSUPPORTED, "model_type", "one stack of layers", about))
-        tensors = {}
+        tensors: dict[tuple[str, str], Expected] = {}
         for found in places(base).values():
             wanted = fields.layers is None or found.number in fields.layers
             if found.name != EMBEDDINGS and wanted:
@@ -98,7 +98,8 @@ def orthonormal(original: Tensor, basis: Tensor) -> Tensor:
     lower = x.tril(diagonal=-1)
     tau = 2 / (1 + (lower * lower).sum(dim=-2))
     q = torch.linalg.householder_product(lower, tau) * x.diagonal().int()
-    return (basis @ q).mT
+    found: Tensor = (basis @ q).mT
+    return found
 
 
 def _units(fields: ReftFields) -> dict[str, tuple[int, int]]:

@@ -82,7 +82,10 @@ def _is_diagonal(matrix: Tensor) -> bool:
 
 
 def _rules(fields: FusedLoraFields) -> Rules:
-    roles = {"outer": (OUT, OUT), "inner": (fields.rank, fields.rank)}
+    roles: dict[str, tuple[int | str | None, ...]] = {
+        "outer": (OUT, OUT),
+        "inner": (fields.rank, fields.rank),
+    }
     roles |= {"magnitude": (OUT, 1)} if fields.dora else {}
 
     def form(module: str, tensors: Tensors) -> Form:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -372,8 +373,10 @@ def problems(adapter: Any, tensors: Any, base: Base) -> list[Finding]:
 def names(place: tuple[str, str], key: str, found: list[Finding]) -> bool:
     """Whether a finding names the tensor, its module, or the entry of the config it belongs to."""
     entries = {"the input embedding", "bias"} if place[1] in ("tokens", "replace.bias") else set()
-    if not place[0]:  # of no module, so it goes by its role
-        entries = {place[1]}
+    if not place[0]:  # of no module, so it goes by its role, in a union by that of its part
+        entries = {place[1], re.sub(r"^\d+\.", "", place[1])}
+    if place[1].endswith(".wte"):  # rows as wide as the layer behind them takes
+        entries |= {f.tensor for f in found if "control_trans.0" in f.tensor}
     return any(
         f.tensor in {key, place[0], *entries} or place[0].endswith("." + f.tensor) for f in found
     )
