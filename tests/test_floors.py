@@ -23,7 +23,7 @@ STEPS = {
     },
     "maths": {"primitives", "tensors", "kinds", "quant", "blend"},
     "io": {
-        "formats", "bases", "locate", "read", "values", "sums", "fit", "identity", "check", "task",
+        "formats", "bases", "locate", "read", "values", "sums", "fit", "rooting", "identity", "check", "task",
         "norms", "frozen", "offline", "change", "reduce", "factored",
     },
     "model": {"compose", "gather", "load"},
