@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from adapterkit.hub.headers import Stored
@@ -27,7 +28,7 @@ class Module:
     ... (gate before up); empty when the checkpoint has none (a head still to be created, or tied).
     bias: the checkpoint tensor of the bias, "" when the checkpoint has none but the model has one,
     None when the module has no bias.
-    tied_to: the module whose weight this one shares.
+    tied_to: the module whose weight this one shares. groups: of a convolution.
     """
 
     name: str
@@ -36,17 +37,20 @@ class Module:
     weight: tuple[str, ...] = ()
     bias: str | None = None
     tied_to: str | None = None
+    groups: int = 1
 
     @property
     def n_in(self) -> int:
         """Inputs of the weight as a matrix (out, in); an embedding multiplies a one-hot row."""
+        if self.type == CONV:  # (out, in of its group, kernel...)
+            return prod(self.shape[1:])
         return self.shape[0] if self.type == EMBEDDING else self.shape[-1]
 
     @property
     def n_out(self) -> int:
         if self.type == EMBEDDING or len(self.shape) == 1:
             return self.shape[-1]
-        if self.type == CONV:  # (out, in, kernel...)
+        if self.type == CONV:
             return self.shape[0]
         return self.shape[-2]
 

@@ -65,7 +65,8 @@ def _is_leaf(module: nn.Module) -> bool:
 def _row(name: str, module: nn.Module, owners: dict[int, str]) -> Module:
     bias = "" if getattr(module, "bias", None) is not None else None
     kind, shape = _shape(module)
-    return Module(name, kind, shape, bias=bias, tied_to=owners.get(id(module)))
+    groups = module.groups if isinstance(module, CONVS) else 1
+    return Module(name, kind, shape, bias=bias, tied_to=owners.get(id(module)), groups=groups)
 
 
 def _shape(module: nn.Module) -> tuple[str, tuple[int, ...]]:
@@ -79,8 +80,14 @@ def _shape(module: nn.Module) -> tuple[str, tuple[int, ...]]:
     if isinstance(module, nn.Embedding):
         return rows.EMBEDDING, shape
     if isinstance(module, CONVS):
-        return rows.CONV, shape
+        return rows.CONV if _is_plain(module) else rows.OTHER, shape
     return (rows.NORM, shape) if len(shape) == 1 else (rows.OTHER, shape)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether what is added to the weight of a convolution is another one with its strides."""
+    layer: Any = module
+    return layer.padding_mode == "zeros" and set(layer.dilation) == {1}
 
 
 def _experts(name: str, module: nn.Module) -> list[Module]:

@@ -41,7 +41,8 @@ class Spot:
     def weight(self) -> Tensor:
         """float32, (out, in); (experts, out, in) of a fused parameter as a whole."""
         if not self.parameter:
-            return format_of(self.module).read_weight(self.module)
+            weight = format_of(self.module).read_weight(self.module)
+            return weight.flatten(1) if weight.ndim > 2 else weight
         layer: Any = self.module
         whole: Tensor = getattr(layer, self.parameter).detach()
         if getattr(layer, "is_transposed", False):

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.bases.base import CONV1D, EMBEDDING, EXPERTS, LINEAR, OTHER, Module
+from adapterkit.hub.bases.base import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, OTHER, Module
 from adapterkit.hub.fields import LoraFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
 from adapterkit.hub.headers import FLOATS, Stored
-from adapterkit.hub.kinds import experts, replaced, targeted
+from adapterkit.hub.kinds import convolution, experts, replaced, targeted
 from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
 from adapterkit.hub.primitives import BiasShift, LowRank, RowScale
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 FACTORS = {
     LINEAR: ("A", "B"),
     CONV1D: ("A", "B"),
+    CONV: ("A", "B"),
     EMBEDDING: ("embedding_A", "embedding_B"),
     EXPERTS: experts.ROLES,
     OTHER: ("A", "B"),  # a matrix of another kind of module: a router
@@ -81,6 +82,7 @@ class Lora:
             else:
                 tensors |= self.expected(fields, module)
                 tensors |= _tied(fields, module, modules)
+                findings += convolution.faults(fields, module)
         findings += _untrained_bias(adapter, selected, modules)
         findings += targeted.unmatched(adapter, modules, selected)
         rest = replaced.schema(adapter, fields.replaced, modules, selected)
@@ -94,6 +96,8 @@ class Lora:
         """(A, B) of a module, None if only parts of it are replaced."""
         if experts.A in p:
             return experts.factors(module, p[experts.A], p[experts.B])
+        if module.type == CONV and "A" in p:
+            return convolution.factors(module, p["A"], p["B"])
         return next(((p[a], p[b]) for a, b in PAIRS if a in p), None)
 
     def lower(self, fields: LoraFields, site: Site, p: Mapping[str, Tensor]) -> Lowered:
@@ -131,6 +135,9 @@ def row_norms(w: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
 
 
 def _factors(fields: LoraFields, module: Module) -> dict[tuple[str, str], Expected]:
+    if module.type == CONV:
+        found = convolution.expected(fields, module)
+        return {(module.name, role): shape for role, shape in found.items()}
     a, b = FACTORS[module.type]
     rank = fields.rank_of(module.name)
     shapes: dict[str, tuple[int, ...]] = {a: (rank, module.n_in), b: (module.n_out, rank)}
@@ -165,10 +172,15 @@ def form_faults(role: str, stored: Stored) -> list[Finding]:
         found = f"empty shape {list(stored.shape)} with a zero size"
         return [Finding(ERROR, "empty-tensor", stored.key, "values", found)]
     n_dims = 2 if role == "tokens" or any(role in pair for pair in PAIRS) else None
-    if n_dims and len(stored.shape) != n_dims:
+    if n_dims and len(stored.shape) != n_dims and not _is_kernel(role, stored):
         shape = f"shape {list(stored.shape)}"
         return [Finding(ERROR, "shape-mismatch", stored.key, f"{n_dims} dimensions", shape)]
     return []
+
+
+def _is_kernel(role: str, stored: Stored) -> bool:
+    """Whether it may be a factor of a convolution."""
+    return role in PAIRS[0] and 3 <= len(stored.shape) <= 5
 
 
 def _pair(
@@ -198,7 +210,7 @@ def _pair(
             said = f"a tensor {role}, though {options[role]} is false"
             found.append(Finding(ERROR, "unexpected-tensor", tensors[role].key, f"no {role}", said))
     for role, axis in zip(pair, (0, 1), strict=True):
-        if role in tensors and len(tensors[role].shape) == 2:
+        if role in tensors and (len(tensors[role].shape) == 2 or axis == 0):
             size = tensors[role].shape[axis]
             if size != rank and 0 not in tensors[role].shape:
                 shape = f"rank {size} in shape {list(tensors[role].shape)}"
