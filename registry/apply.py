@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit.registry.errors import DamagedError
-from adapterkit.registry.indexing import ReadBlob, index_manifest, index_names, put
+from adapterkit.registry.indexing import index_manifest
 from adapterkit.registry.log import Record
 from adapterkit.registry.metrics import parse_metrics
+from adapterkit.registry.tables import Tables
 from adapterkit.registry.versions import is_release, sort_key
 
-if TYPE_CHECKING:
-    from sqlite_utils import Database
+_SORTED = json.JSONEncoder(sort_keys=True)
 
 
-def apply(db: Database, record: Record, read: ReadBlob) -> None:
-    """`read` gives the bytes of a blob and raises DamagedError. Called in a transaction."""
+def apply(tables: Tables, record: Record) -> None:
+    """Called in a transaction."""
     change = CHANGES.get(record.kind)
     if change is None:
         raise DamagedError(
@@ -26,16 +26,16 @@ def apply(db: Database, record: Record, read: ReadBlob) -> None:
             hint="a newer adapterkit wrote it: upgrade this one",
         )
     try:
-        change(db, record, read)
+        change(tables, record)
         name = "" if record.kind == "gc" else record.payload["name"]
         event = {"seq": record.seq, "name": name, "kind": record.kind}
         event |= {"created": record.time, "author": record.author}
-        put(db, "events", event | {"payload": json.dumps(record.payload, sort_keys=True)})
+        tables.put("events", event | {"payload": _SORTED.encode(record.payload)})
     except (KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"line {record.seq} of the log lacks what its kind needs") from error
 
 
-def _version(db: Database, record: Record, read: ReadBlob) -> None:
+def _version(tables: Tables, record: Record) -> None:
     given = record.payload
     row = {
         "name": given["name"],
@@ -47,97 +47,87 @@ def _version(db: Database, record: Record, read: ReadBlob) -> None:
         "author": record.author,
         "removed": None,
     }
-    put(db, "versions", row)
-    index_manifest(db, given["id"], read)
+    tables.put("versions", row)
+    index_manifest(tables, given["id"])
     for tag in given["tags"]:
-        put(db, "tags", {"name": given["name"], "tag": tag, "sort": row["sort"]})
+        tables.put("tags", {"name": given["name"], "tag": tag, "sort": row["sort"]})
     for entry in sorted(given["attachments"], key=lambda e: (e["kind"], e["name"])):
-        _attach(db, record, given["id"], entry, read)
+        _attach(tables, record, given["id"], entry)
 
 
-def _tag(db: Database, record: Record, read: ReadBlob) -> None:
+def _tag(tables: Tables, record: Record) -> None:
     given = record.payload
     row = {"name": given["name"], "tag": given["tag"], "sort": sort_key(given["version"])}
-    put(db, "tags", row)
+    tables.put("tags", row)
 
 
-def _untag(db: Database, record: Record, read: ReadBlob) -> None:
+def _untag(tables: Tables, record: Record) -> None:
     given = record.payload
-    db.execute("DELETE FROM tags WHERE name = ? AND tag = ?", [given["name"], given["tag"]])
+    key = [given["name"], given["tag"]]
+    tables.change("tags", "DELETE FROM tags WHERE name = ? AND tag = ?", key)
 
 
-def _tombstone(db: Database, record: Record, read: ReadBlob) -> None:
+def _tombstone(tables: Tables, record: Record) -> None:
     key = [record.payload["name"], sort_key(record.payload["version"])]
-    db.execute("UPDATE versions SET removed = ? WHERE name = ? AND sort = ?", [record.time, *key])
-    db.execute("DELETE FROM tags WHERE name = ? AND sort = ?", key)
+    removed = "UPDATE versions SET removed = ? WHERE name = ? AND sort = ?"
+    tables.change("versions", removed, [record.time, *key])
+    tables.change("tags", "DELETE FROM tags WHERE name = ? AND sort = ?", key)
 
 
-def _attachment(db: Database, record: Record, read: ReadBlob) -> None:
-    _attach(db, record, record.payload["id"], record.payload["attachment"], read)
+def _attachment(tables: Tables, record: Record) -> None:
+    _attach(tables, record, record.payload["id"], record.payload["attachment"])
 
 
-def _attach(
-    db: Database, record: Record, subject: str, entry: Mapping[str, Any], read: ReadBlob
-) -> None:
+def _attach(tables: Tables, record: Record, subject: str, entry: Mapping[str, Any]) -> None:
     row = {name: entry[name] for name in ("kind", "name", "digest", "size")}
     row |= {"seq": record.seq, "subject": subject, "created": record.time, "author": record.author}
-    put(db, "attachments", row)
-    if entry["kind"] in INDEXED:
-        # One that is lost is found again, and reported, by whoever reads it.
+    tables.put("attachments", row)
+    if entry["kind"] == "note":
+        tables.reword(subject)
+    elif entry["kind"] == "metrics":
+        # Those that are lost are found again, and reported, by whoever reads them.
         with suppress(DamagedError):
-            INDEXED[entry["kind"]](db, subject, read(entry["digest"]))
+            for name, value in parse_metrics(tables.read(entry["digest"])).items():
+                cells = {"subject": subject, "name": name, "value": float(value)}
+                tables.put("metrics", cells)
 
 
-def _note(db: Database, subject: str, data: bytes) -> None:
-    db.execute(
-        "UPDATE search SET notes = notes || ' ' || ?"
-        " WHERE rowid = (SELECT rowid FROM manifests WHERE id = ?)",
-        [data.decode(errors="replace"), subject],
-    )
-
-
-def _metrics(db: Database, subject: str, data: bytes) -> None:
-    for name, value in parse_metrics(data).items():
-        put(db, "metrics", {"subject": subject, "name": name, "value": float(value)})
-
-
-INDEXED = {"note": _note, "metrics": _metrics}
-
-
-def _yank(db: Database, record: Record, read: ReadBlob) -> None:
+def _yank(tables: Tables, record: Record) -> None:
     given = record.payload
     reason = given["reason"] if given["yanked"] else None
     key = [given["name"], sort_key(given["version"])]
-    db.execute("UPDATE versions SET yanked = ? WHERE name = ? AND sort = ?", [reason, *key])
+    yanked = "UPDATE versions SET yanked = ? WHERE name = ? AND sort = ?"
+    tables.change("versions", yanked, [reason, *key])
 
 
-def _protect(db: Database, record: Record, read: ReadBlob) -> None:
+def _protect(tables: Tables, record: Record) -> None:
     row = {"name": record.payload["name"], "tag": record.payload["tag"]}
     if record.payload["protected"]:
-        put(db, "protected", row)
+        tables.put("protected", row)
     else:
-        db.execute("DELETE FROM protected WHERE name = ? AND tag = ?", list(row.values()))
+        free = "DELETE FROM protected WHERE name = ? AND tag = ?"
+        tables.change("protected", free, list(row.values()))
 
 
-def _rename(db: Database, record: Record, read: ReadBlob) -> None:
+def _rename(tables: Tables, record: Record) -> None:
     """Everything of the old name is the new one's, its history too; old names lead to it."""
     old, new = record.payload["previous"], record.payload["name"]
     for table in ("versions", "tags", "protected", "events"):
-        db.execute(f"UPDATE {table} SET name = ? WHERE name = ?", [new, old])
-    db.execute("DELETE FROM redirects WHERE name = ?", [new])
-    db.execute("UPDATE redirects SET target = ? WHERE target = ?", [new, old])
-    put(db, "redirects", {"name": old, "target": new})
-    for row in db.execute("SELECT DISTINCT id FROM versions WHERE name = ?", [new]).fetchall():
-        index_names(db, row[0])
+        tables.change(table, f"UPDATE {table} SET name = ? WHERE name = ?", [new, old])
+    tables.change("redirects", "DELETE FROM redirects WHERE name = ?", [new])
+    tables.change("redirects", "UPDATE redirects SET target = ? WHERE target = ?", [new, old])
+    tables.put("redirects", {"name": old, "target": new})
+    for row in tables.rows("SELECT DISTINCT id FROM versions WHERE name = ?", [new]):
+        tables.reword(row[0])
 
 
-def _gc(db: Database, record: Record, read: ReadBlob) -> None:
+def _gc(tables: Tables, record: Record) -> None:
     """Only blobs that no version needs were taken away."""
     if not isinstance(record.payload["epoch"], int):
         raise TypeError("an epoch is a number")
 
 
-CHANGES: dict[str, Callable[[Database, Record, ReadBlob], None]] = {
+CHANGES: dict[str, Callable[[Tables, Record], None]] = {
     "version": _version,
     "tag": _tag,
     "untag": _untag,

@@ -73,7 +73,7 @@ class Blobs:
 
     def path(self, digest: str) -> Path:
         text = bare(digest)
-        return self.root / text[:2] / text
+        return self.root.joinpath(text[:2], text)
 
     def stamp(self, digest: str) -> Stamp | None:
         """None when there is no such blob, or something else than a file in its place."""
@@ -98,8 +98,7 @@ class Blobs:
         """The bytes of a small blob, checked. Raises DamagedError."""
         with storage_errors(f"blob {digest[:12]} cannot be read", self.error):
             try:
-                with self.files.open(self.path(digest)) as file:
-                    data = file.read()
+                data = self.files.read(self.path(digest))
             except FileNotFoundError as error:
                 raise DamagedError(f"blob {digest[:12]} is missing") from error
         found = hashlib.sha256(data).hexdigest()

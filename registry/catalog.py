@@ -10,28 +10,37 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.registry.apply import apply
 from adapterkit.registry.blobs import Stamp
-from adapterkit.registry.indexing import ReadBlob, index_manifest, put
+from adapterkit.registry.indexing import index_manifest
 from adapterkit.registry.log import Log, Place, Record
 from adapterkit.registry.migrations import STEPS, migrate
+from adapterkit.registry.tables import Gathered, ReadBlob, Tables
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
 
 BUSY_SECONDS = 60
+_SIDES = ("-wal", "-shm", "")
 # In KiB, used when needed: ids lie everywhere, so that making a large catalog touches all pages.
-CACHE = -256 * 1024
+CACHE = -64 * 1024
+
+
+class NewerError(sqlite3.DatabaseError):
+    """It is one of a later program."""
 
 
 class Catalog:
-    """path: the database file, or None for one in memory. shared: whether other processes may
-    have it open; where memory cannot be shared with them, they must not."""
+    """path: the database file, or None for one of its own, in memory as far as it is small.
 
-    def __init__(self, path: Path | None, shared: bool = True) -> None:
+    shared: whether other processes may have it open; where memory cannot be shared with them, they
+    must not. alone: nobody knows of the file yet, and it does not have to survive a crash.
+    """
+
+    def __init__(self, path: Path | None, shared: bool = True, alone: bool = False) -> None:
         from sqlite_utils import Database
 
         self.path = path
         connection = sqlite3.connect(
-            path or ":memory:",
+            path or "",
             timeout=BUSY_SECONDS,
             isolation_level=None,
             check_same_thread=False,
@@ -39,17 +48,18 @@ class Catalog:
         try:
             self.db: Database = Database(connection, execute_plugins=False)
             self.db.execute("PRAGMA busy_timeout = 60000")
-            self._open("WAL" if shared else "DELETE")
+            self._open("MEMORY" if alone else "WAL" if shared else "DELETE", alone)
         except BaseException:
             connection.close()
             raise
 
-    def _open(self, journal: str) -> None:
+    def _open(self, journal: str, alone: bool) -> None:
         """Raises sqlite3.DatabaseError when the file is not a catalog this program can use."""
         have = self._number("PRAGMA user_version")
         if have > len(STEPS):
-            raise sqlite3.DatabaseError(f"the catalog has schema {have}, newer than {len(STEPS)}")
-        settings = (f"journal_mode = {journal}", "synchronous = FULL", f"cache_size = {CACHE}")
+            raise NewerError(f"the catalog has schema {have}, newer than {len(STEPS)}")
+        sync = "OFF" if alone else "FULL"
+        settings = (f"journal_mode = {journal}", f"synchronous = {sync}", f"cache_size = {CACHE}")
         for setting in settings:
             self.db.execute(f"PRAGMA {setting}").fetchall()
         if have < len(STEPS):
@@ -93,27 +103,49 @@ class Catalog:
         return Place(*row)
 
     def apply(self, record: Record, place: Place, read: ReadBlob) -> None:
-        apply(self.db, record, read)
+        tables = Tables(self.db, read)
+        apply(tables, record)
+        tables.finish()
+        self._move(place)
+
+    def _move(self, place: Place) -> None:
         self.db.execute(
             "UPDATE place SET log_offset = ?, start = ?, seq = ?, digest = ?",
             [place.offset, place.start, place.seq, place.digest],
         )
 
-    def catch_up(self, log: Log, read: ReadBlob) -> None:
-        """Apply what is missing of the log. Call it inside a transaction."""
-        for record, place in log.read(self.place()):
-            self.apply(record, place, read)
+    def catch_up(self, log: Log, read: ReadBlob, end: int | None = None) -> None:
+        """Apply what is missing of the log, or of its first `end` bytes. Call it inside a
+        transaction. When a record cannot be applied, those before it have been."""
+        done = self.place()
+        if end is not None and done.offset >= end:
+            return
+        tables = Tables(self.db, read) if done.offset else Gathered(self.db, read)
+        try:
+            for record, place in log.read(done):
+                apply(tables, record)
+                tables.settle()
+                done = place
+                if end is not None and done.offset >= end:
+                    break
+        finally:
+            tables.finish()
+            self._move(done)
 
     def reindex(self, id: str, read: ReadBlob) -> None:
-        index_manifest(self.db, id, read)
+        tables = Tables(self.db, read)
+        index_manifest(tables, id)
+        tables.finish()
 
     def stamp(self, digest: str) -> Stamp | None:
         row = self.row("SELECT size, mtime_ns, inode FROM stamps WHERE digest = ?", [digest])
         return None if row is None else Stamp(**row)
 
     def set_stamp(self, digest: str, stamp: Stamp) -> None:
-        row = {"digest": digest, "size": stamp.size}
-        put(self.db, "stamps", row | {"mtime_ns": stamp.mtime_ns, "inode": stamp.inode})
+        self.db.execute(
+            "INSERT OR REPLACE INTO stamps (digest, size, mtime_ns, inode) VALUES (?, ?, ?, ?)",
+            [digest, stamp.size, stamp.mtime_ns, stamp.inode],
+        )
 
     def rows(self, query: str, values: Sequence[object] = ()) -> list[dict[str, Any]]:
         return list(self.db.query(query, list(values)))
@@ -124,5 +156,32 @@ class Catalog:
 
 def delete(path: Path) -> None:
     """Remove the database with its side files: the log makes a new one."""
-    for suffix in ("-wal", "-shm", ""):
+    for suffix in _SIDES:
         path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def move(path: Path, target: Path) -> None:
+    """Rename the database; what its journal holds belongs to it."""
+    path.with_name(path.name + "-shm").unlink(missing_ok=True)
+    for suffix in ("-wal", ""):
+        if (side := path.with_name(path.name + suffix)).exists():
+            side.replace(target.with_name(target.name + suffix))
+
+
+def knows_more(old: Path, new: Path) -> bool:
+    """Whether `old` holds a record of the log or a manifest that `new`, made from the log and the
+    blobs, does not; or cannot be asked."""
+    connection = sqlite3.connect(old, isolation_level=None)
+    try:
+        connection.execute("ATTACH ? AS new", [str(new)])
+        events = "SELECT seq, kind, name, created, author, payload FROM {}.events"
+        manifests = "SELECT id, data FROM {}.manifests WHERE damaged = ''"
+        for query in (events, manifests):
+            more = f"{query.format('main')} EXCEPT {query.format('new')} LIMIT 1"
+            if connection.execute(more).fetchall():
+                return True
+        return False
+    except (sqlite3.Error, ValueError):
+        return True
+    finally:
+        connection.close()

@@ -23,6 +23,8 @@ except ImportError:  # Windows
 # ioctl of linux/fs.h: share the extents of one file with another, copied when either is written
 _FICLONE = 0x40049409
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
+_READ = 1 << 16
 # What a file system answers that has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -36,6 +38,17 @@ class Files:
 
     def open(self, path: Path) -> BufferedReader:
         return path.open("rb")
+
+    def read(self, path: Path) -> bytes:
+        """All of a small file; without what a file object costs, as a catalog is made of many."""
+        number = os.open(path, os.O_RDONLY | _BINARY)
+        try:
+            parts = []
+            while data := os.read(number, _READ):
+                parts.append(data)
+            return b"".join(parts)
+        finally:
+            os.close(number)
 
     def open_update(self, path: Path) -> BinaryIO:
         """An existing file, to be written in place."""
@@ -70,7 +83,7 @@ class Files:
             free = _lock(file)
         return None if free is None else not free
 
-    def write(self, file: BinaryIO, data: bytes) -> None:
+    def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         rest = memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -12,7 +13,7 @@ from typing import TypeVar
 
 from adapterkit.registry import layout
 from adapterkit.registry.blobs import Blobs, Stamp
-from adapterkit.registry.catalog import Catalog, delete
+from adapterkit.registry.catalog import Catalog, NewerError, delete, knows_more, move
 from adapterkit.registry.change import Change
 from adapterkit.registry.errors import AdapterError, AdapterWarning
 from adapterkit.registry.files import Files, storage_errors
@@ -115,7 +116,8 @@ class Home:
         except _UNUSABLE as error:
             if not _is_broken(error):
                 return Catalog(None)
-        delete(path)
+            newer = isinstance(error, NewerError)
+        delete(path) if newer else self._set_aside(path)
         return self._new_catalog(path)
 
     def _new_catalog(self, path: Path) -> Catalog:
@@ -145,15 +147,53 @@ class Home:
         )
 
     def rebuild(self) -> None:
-        """Make the catalog anew from the log and the blobs."""
+        """Make the catalog anew from the log and the blobs.
+
+        The one that is there is replaced when the new one is whole; nobody has to wait meanwhile.
+        """
         with self.guard, self.errors():
-            self.catalog.close()
-            self.catalog = Catalog(None)
-            if self._may_write():
+            if not self._may_write():
+                self.catalog.close()
+                self.catalog = Catalog(None)
+                return self._refresh()
+            part = self.path / "tmp" / f"{uuid.uuid4().hex}.part"
+            try:
+                self._make(part)
                 with self.lock():
-                    delete(self.path / "catalog.db")
-                    self.catalog = self._make_catalog(self.path / "catalog.db")
-            self._refresh()
+                    self._make(part)  # what was written since
+                    self.catalog.close()
+                    self._put_catalog(part)
+            finally:
+                self.files.unlink(part)
+            self.catalog = self._open_catalog()
+        return None
+
+    def _make(self, part: Path) -> None:
+        made = Catalog(part, alone=True)
+        try:
+            with made.transaction():
+                made.catch_up(self.log, self.blobs.read)
+        finally:
+            made.close()
+
+    def _put_catalog(self, part: Path) -> None:
+        with self.files.open_update(part) as file:
+            self.files.fsync(file)
+        path = self.path / "catalog.db"
+        if path.exists() and knows_more(path, part):
+            self._set_aside(path)
+        else:
+            delete(path)
+        self.files.rename(part, path)
+        self.files.fsync_folder(self.path)
+
+    def _set_aside(self, path: Path) -> None:
+        """Under a name of its own, `catalog.lost` or one with a number behind it: it may know what
+        is lost elsewhere."""
+        if path.exists():
+            names = ("catalog.lost", *(f"catalog.lost-{n}" for n in range(2, 1000)))
+            free = next((n for n in names if not path.with_name(n).exists()), names[-1])
+            move(path, path.with_name(free))
 
     def _refresh(self) -> None:
         place, size = self.catalog.place(), self.log.size()

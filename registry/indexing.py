@@ -1,46 +1,29 @@
-"""What the catalog holds of one manifest: the fields to list by, and the words to search."""
+"""What the catalog holds of one manifest."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.manifest import Manifest
 from adapterkit.registry.records import Facts
-
-if TYPE_CHECKING:
-    from sqlite_utils import Database
-
-ReadBlob = Callable[[str], bytes]
-
-# A longer card is searched by nobody, and need not be held twice.
-MAX_CARD = 1 << 18
+from adapterkit.registry.tables import Tables
 
 
-def put(db: Database, table: str, row: Mapping[str, object]) -> None:
-    """Insert or replace; sqlite-utils' own insert would commit the transaction (before 4.0)."""
-    columns = ", ".join(row)
-    values = ", ".join("?" * len(row))
-    db.execute(f"INSERT OR REPLACE INTO {table} ({columns}) VALUES ({values})", list(row.values()))
-
-
-def index_manifest(db: Database, id: str, read: ReadBlob) -> None:
+def index_manifest(tables: Tables, id: str) -> None:
     """Fill the rows of one manifest. One that cannot be read is listed as damaged: the others
     must stay within reach."""
-    known = next(db.query("SELECT damaged FROM manifests WHERE id = ?", [id]), None)
-    if known is None or known["damaged"]:
-        _fill_manifest(db, id, read)
-    else:
-        index_names(db, id)
+    if tables.damage(id) != "":  # new, or worth another try
+        _fill_manifest(tables, id)
+    tables.reword(id)
 
 
-def _fill_manifest(db: Database, id: str, read: ReadBlob) -> None:
+def _fill_manifest(tables: Tables, id: str) -> None:
     damaged, data = "", b""
     manifest = Manifest((), {})
     try:
-        data = read(id)
+        data = tables.read(id)
         manifest = Manifest.parse(data, f"the manifest {id[:12]}")
     except DamagedError as error:
         damaged = str(error)
@@ -50,45 +33,13 @@ def _fill_manifest(db: Database, id: str, read: ReadBlob) -> None:
     row |= {name: getattr(facts, name) for name in ("kind", "rank", "format", "base", "revision")}
     row |= {"targets": json.dumps(facts.targets), "variant": variant}
     row["quantization"] = facts.quantization
-    db.execute("DELETE FROM search WHERE rowid = (SELECT rowid FROM manifests WHERE id = ?)", [id])
-    put(db, "manifests", row)
+    tables.put_manifest(row)
     for file in manifest.files:
         cells = {"path": file.path, "digest": file.digest, "size": file.size, "role": file.role}
-        put(db, "files", {"id": id} | cells)
+        tables.put("files", {"id": id} | cells)
     for parent in manifest.parents:
         edge = {"child": id, "parent": parent["version"].removeprefix("sha256:")}
-        put(db, "edges", edge | {"relation": parent["relation"]})
-    words = " ".join((facts.kind, variant, *facts.targets))
-    db.execute(
-        "INSERT INTO search (rowid, names, targets, notes, base, card)"
-        " SELECT rowid, ?, ?, '', ?, ? FROM manifests WHERE id = ?",
-        [_names(db, id), words, facts.base, _card(manifest, read), id],
-    )
-
-
-def _card(manifest: Manifest, read: ReadBlob) -> str:
-    """What the model card says; nothing where it is lost, which whoever reads it reports."""
-    found = (f for f in manifest.files if f.role == "card" and f.size <= MAX_CARD)
-    card = next(found, None)
-    if card is None:
-        return ""
-    try:
-        return read(card.digest).decode(errors="replace")
-    except DamagedError:
-        return ""
-
-
-def index_names(db: Database, id: str) -> None:
-    """Make a manifest be found by the names it has now."""
-    db.execute(
-        "UPDATE search SET names = ? WHERE rowid = (SELECT rowid FROM manifests WHERE id = ?)",
-        [_names(db, id), id],
-    )
-
-
-def _names(db: Database, id: str) -> str:
-    rows = db.query("SELECT DISTINCT name FROM versions WHERE id = ? ORDER BY name", [id])
-    return " ".join(row["name"] for row in rows)
+        tables.put("edges", edge | {"relation": parent["relation"]})
 
 
 def facts_of(manifest: Manifest) -> Facts:

@@ -10,6 +10,8 @@ from adapterkit.registry.errors import AdapterError, DamagedError, InvalidError
 from adapterkit.registry.files import Files, write_new
 
 FORMAT = 1
+# Catalogs that were replaced although they may know more than what replaced them.
+LOST = re.compile(r"catalog\.lost(-\d+)?(-wal|-shm)?$")
 STORE, REMOTE = "store", "remote"
 _OWN = {
     STORE: {
@@ -92,4 +94,4 @@ def line(kind: str = STORE) -> bytes:
 def strange(home: Path, files: Files) -> list[str]:
     """Names in the folder of a registry that no registry makes."""
     names = set(files.listdir(home)) - _OWN[STORE]
-    return sorted(name for name in names if not re.fullmatch(r"before-\d+", name))
+    return sorted(n for n in names if not re.fullmatch(r"before-\d+", n) and not LOST.match(n))

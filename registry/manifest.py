@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from adapterkit.registry.errors import DamagedError, InvalidError
-from adapterkit.registry.strictjson import canonical, digest_of, is_simple, parse_object
+from adapterkit.registry.strictjson import canonical, digest_of, parse_canonical, parse_object
 from adapterkit.registry.wellformed import MAX_SIZE, SCHEMA, problems_of
 
 
@@ -92,7 +92,8 @@ class Manifest:
         """Raises DamagedError that lists everything wrong with it; `name` is its subject."""
         from rfc8785 import CanonicalizationError
 
-        value = parse_object(data, name)
+        known = parse_canonical(data)
+        value = known or parse_object(data, name)
         problems = problems_of(value)
         if problems:
             raise DamagedError(f"{name} is malformed: {'; '.join(problems)}")
@@ -110,8 +111,8 @@ class Manifest:
         )
         # One meaning, one id: other bytes for the same data would be a second id.
         try:
-            plain = value if is_simple(value) else _plain(value)
-            same = canonical(plain) == data and files == sorted(files)
+            same = known is not None or canonical(_plain(value)) == data
+            same = same and files == sorted(files)
         except (InvalidError, CanonicalizationError, UnicodeEncodeError) as error:
             raise DamagedError(f"{name} is malformed: {error}") from error
         if not same:

@@ -68,7 +68,13 @@ _SECOND = (
     *_ANEW,
 )
 
-STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND)
+# Words are made of the other tables, and of what the attachments are now.
+_THIRD = (
+    *(f"DELETE FROM {table}" for table in ("tags", "protected", "redirects", "metrics", "search")),
+    *_ANEW,
+)
+
+STEPS: tuple[tuple[str, ...], ...] = (_FIRST, _SECOND, _THIRD)
 
 
 def migrate(db: Database, have: int) -> None:

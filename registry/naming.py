@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from adapterkit.registry import commit, moves, queries
+from adapterkit.registry import commit, moves, queries, wholes
 from adapterkit.registry.change import Change
 from adapterkit.registry.errors import ConflictError, InvalidError, NotFoundError
 from adapterkit.registry.reading import ReadingSide, as_ref, bare_name
@@ -124,7 +124,8 @@ class NamingSide(ReadingSide):
     def rm(self, ref: str | Ref) -> Version:
         """Remove a version, or the tag when `ref` is NAME:TAG; what it was.
 
-        Its number is never used for anything else. The blobs stay until they are collected.
+        Its number is never used for anything else. The blobs stay until they are collected. Raises
+        ConflictError for a part of a recipe.
         """
         wanted = as_ref(ref)
         if wanted.tag is not None:
@@ -133,6 +134,7 @@ class NamingSide(ReadingSide):
             target = _one(change, wanted)
             for tag in target.tags:
                 commit.check_free(change, target.name, tag)
+            wholes.require_unneeded(change, target)
             payload = {"name": target.name, "version": target.version, "id": target.id}
             change.append("tombstone", payload | {"tags": list(target.tags)})
             return target

@@ -197,13 +197,13 @@ def _refs_of(catalog: Catalog, rows: Iterable[Mapping[str, Any]]) -> list[Edge]:
     return [
         Edge(
             row["child"], row["parent"], row["relation"],
-            _any_ref(catalog, row["child"]), _any_ref(catalog, row["parent"]),
+            any_ref(catalog, row["child"]), any_ref(catalog, row["parent"]),
         )
         for row in rows
     ]  # fmt: skip
 
 
-def _any_ref(catalog: Catalog, id: str) -> Ref | None:
+def any_ref(catalog: Catalog, id: str) -> Ref | None:
     query = (
         "SELECT name, version FROM versions WHERE id = ? AND removed IS NULL ORDER BY name, sort"
     )

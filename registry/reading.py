@@ -175,6 +175,10 @@ class ReadingSide:
         """What a version was made from directly, also one that was removed."""
         return self.home.read(lambda catalog: queries.parents(catalog, bare(id)))
 
+    def held(self, id: str) -> Ref | None:
+        """A name under which the version with that id is here, None where it is not."""
+        return self.home.read(lambda catalog: queries.any_ref(catalog, bare(id)))
+
     def export(self, ref: str | Ref, folder: Path) -> Path:
         """Copy the files into `folder`, which must be new or empty, all or nothing."""
         manifest, found = self.manifest(ref), self.resolve(ref)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.registry import attaching, commit, queries
+from adapterkit.registry import attaching, commit, queries, wholes
 from adapterkit.registry.blobs import Blob, Content, Fetch, Progress
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.manifest import FileEntry, Manifest, Meaning
@@ -38,7 +38,8 @@ class Registry(UpkeepSide):
 
         version: the next minor one when left out; the same content again is the version it was.
         attachments: `KIND` or `KIND/NAME` -> content. roles: path -> role.
-        Raises ConflictError when `version` is taken by other content.
+        Raises ConflictError when `version` is taken by other content, NotFoundError when it is made
+        of parts that are not here.
         """
         ref = bare_name(name)
         wanted = ref if version is None else ref.at(normal(version))
@@ -59,6 +60,7 @@ class Registry(UpkeepSide):
             put.append(self.home.blobs.put(manifest.dump()))
             with self.home.write() as change:
                 change.require(blob.digest for blob in put)
+                wholes.require_parts(change, manifest)
                 for blob in put:
                     commit.stamp(change, blob.digest)
                 found, created = commit.version(change, wanted, manifest.id, tags, entries)
@@ -148,6 +150,7 @@ class Registry(UpkeepSide):
                 self.home.blobs.settle(sizes)
             with self.home.write() as change:
                 change.require([*sizes, parsed.id])
+                wholes.require_parts(change, parsed)
                 found, new = commit.version(change, ref.at(number), parsed.id, movable, entries)
         self.home.leases.release(sizes)  # since they were received
         return Added(found, parsed.id, new, parsed.size, blob.size if blob.new else 0)

@@ -41,6 +41,11 @@ def leftovers(home: Path, files: Files) -> list[Problem]:
         Problem(problems.STRAY, name, "is not part of a registry", (), "move it elsewhere")
         for name in layout.strange(home, files)
     ]
+    for name in files.listdir(home):
+        if layout.LOST.match(name) and not name.endswith(("-wal", "-shm")):
+            detail = "is a catalog that was replaced, and may know what the log or a blob lost"
+            repair = "delete it when nothing is missed"
+            found.append(Problem(problems.STRAY, name, detail, (), repair))
     for name in files.listdir(home / "tmp") if (home / "tmp").is_dir() else []:
         detail = "is being written, or was left by an interruption"
         repair = "adapter gc removes it after a day"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adapterkit.registry.errors import DamagedError
@@ -17,6 +18,11 @@ MAX_SIZE = 64 << 20
 MAX_DIGITS = 100
 # The largest integer that JSON readers agree on.
 MAX_INTEGER = 2**53 - 1
+# A number that may be larger; or a part of a digest.
+_LONG = re.compile(rb"\d{16}")
+_WRITER = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+)
 
 
 def parse_object(data: bytes, name: str) -> dict[str, Any]:
@@ -47,6 +53,38 @@ def parse_object(data: bytes, name: str) -> dict[str, Any]:
     if b"\\u" in data and not is_text(value):
         raise DamagedError(f"{name} holds half of a surrogate pair, which is not text")
     return value
+
+
+def parse_canonical(data: bytes) -> dict[str, Any] | None:
+    """The object in `data` if it is in canonical form and simple; None: parse_object has to look.
+
+    Several times faster: bytes that are written again as they were hold no repeated key, no
+    surrogate and nothing that RFC 8785 writes in another way than Python.
+    """
+    opened = data.count(b"{") + data.count(b"[")
+    if len(data) > MAX_SIZE or opened > MAX_DEPTH or not data.isascii() or _LONG.search(data):
+        return None
+    try:
+        value = _READER.decode(data.decode())
+        good = type(value) is dict and _WRITER.encode(value).encode() == data
+    except ValueError:
+        return None
+    return value if good else None
+
+
+def _same_float(text: str) -> float:
+    """Python writes it as JavaScript does, when it has a fraction and no exponent."""
+    value = float(text)
+    if repr(value) != text or "e" in text or text.endswith(".0"):
+        raise ValueError(f"{text} is not simple")
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is no JSON")
+
+
+_READER = json.JSONDecoder(parse_float=_same_float, parse_constant=_no_constant)
 
 
 def check_size(size: int, name: str) -> None:
@@ -109,9 +147,7 @@ def depth(value: object) -> int:
 def canonical(value: object) -> bytes:
     """RFC 8785 bytes of `value`: equal data has equal bytes, whatever wrote it."""
     if is_simple(value):  # the same bytes, ten times faster: a catalog is made of many
-        return json.dumps(
-            value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-        ).encode()
+        return _WRITER.encode(value).encode()
     import rfc8785
 
     return rfc8785.dumps(value)  # type: ignore[arg-type]
@@ -125,17 +161,24 @@ def is_simple(value: object) -> bool:
         item = stack.pop()
         kind = type(item)
         if kind is dict:
-            if not all(type(key) is str and key.isascii() for key in item):
+            if not _are_ascii(item):
                 return False
-            stack.extend(item.values())
+            stack += item.values()
         elif kind is list:
-            stack.extend(item)
+            stack += item
         elif kind is int:
             if not -MAX_INTEGER <= item <= MAX_INTEGER:
                 return False
         elif kind is not str and item is not None and kind is not bool:
             return False
     return True
+
+
+def _are_ascii(keys: Iterable[Any]) -> bool:
+    try:
+        return "".join(keys).isascii()
+    except TypeError:  # one that is no text
+        return False
 
 
 def digest_of(data: bytes) -> str:

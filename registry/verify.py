@@ -14,14 +14,14 @@ from adapterkit.registry.catalog import Catalog
 from adapterkit.registry.errors import AdapterError, DamagedError
 from adapterkit.registry.files import Files, storage_errors
 from adapterkit.registry.home import Home
-from adapterkit.registry.indexing import ReadBlob
-from adapterkit.registry.log import Log, Place
+from adapterkit.registry.log import Log
 from adapterkit.registry.logcheck import LogState, scan
 from adapterkit.registry.needs import needs, unreadable
 from adapterkit.registry.problems import Health, Problem
 from adapterkit.registry.refs import Ref
 from adapterkit.registry.strayfiles import leftovers, misnamed
 from adapterkit.registry.strictjson import digest_of
+from adapterkit.registry.tables import ReadBlob
 
 FROM_BACKUP = "restore the file 'log' from a backup"
 
@@ -176,20 +176,11 @@ class _Check:
         """Make a catalog from the good beginning of the log."""
         with fresh.transaction():
             try:
-                self._follow(fresh, state.end, disk)
+                fresh.catch_up(self.log, self._reader(disk), state.end.offset)
             except (AdapterError, OSError) as error:
                 seq = fresh.place().seq + 1
                 state.faults[seq] = str(error)
                 self._add(problems.LOG, f"log, line {seq}", str(error), FROM_BACKUP)
-
-    def _follow(self, catalog: Catalog, end: Place, disk: Catalog | None) -> None:
-        """Up to `end`: what is behind it is damaged, or was written since."""
-        if catalog.place().offset >= end.offset:
-            return
-        for record, place in self.log.read(catalog.place()):
-            catalog.apply(record, place, self._reader(disk))
-            if place.offset >= end.offset:
-                return
 
     def _reader(self, disk: Catalog | None) -> ReadBlob:
         """Reads a blob; of a manifest that has rotted, the copy that the catalog keeps."""
@@ -214,7 +205,7 @@ class _Check:
                 self.faults.append(catalogcheck.damaged("was made from another log"))
                 return
             with disk.transaction():
-                self._follow(disk, state.end, disk)
+                disk.catch_up(self.log, self._reader(disk), state.end.offset)
             readable = not self.failed & set(needs(fresh))
             self.faults += catalogcheck.differences(disk, fresh, readable)
         except (*catalogcheck.UNREADABLE, AdapterError) as error:

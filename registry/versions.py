@@ -53,6 +53,7 @@ def is_release(version: str) -> bool:
     return found is not None and not found.is_prerelease
 
 
+@lru_cache(4096)
 def sort_key(version: str) -> str:
     """Text that sorts as PEP 440 orders versions, equal for equal ones (1.0 and 1.0.0)."""
     found = _strict(version)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.registry import Meaning, Registry
+from adapterkit.registry import DamagedError, Meaning, Registry
 from adapterkit.registry.verify import verify, verify_version
 
 pytestmark = pytest.mark.timeout(3000)  # the full figures take their time
@@ -312,3 +312,71 @@ def test_a_flipped_bit_of_the_catalog_gives_no_answer_that_verify_calls_good(fil
             assert verify(filled).damage == ()
         for side in ("-wal", "-shm"):
             path.with_name(path.name + side).unlink(missing_ok=True)
+
+
+LOSSES = {
+    "garbage": lambda home: (home / "catalog.db").write_bytes(b"garbage" * 2000),
+    "a lost line": lambda home: (home / "log").write_bytes(b"".join(lines(home)[:-1])),
+    "a lost manifest": lambda home: next(manifest_of(home, "tone")).unlink(),
+}
+
+
+def manifest_of(home: Path, name: str):
+    with Registry(home) as registry:
+        yield registry.home.blobs.path(registry.resolve(name).id)
+
+
+@pytest.mark.filterwarnings("ignore:the catalog of")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_catalog_that_may_know_more_is_kept_when_it_is_replaced(filled, loss):
+    LOSSES[loss](filled)
+    before = (filled / "catalog.db").read_bytes()
+    with Registry(filled) as registry:
+        registry.rebuild()
+    assert (filled / "catalog.lost").read_bytes() == before
+    notes = [note for note in verify(filled).notes if note.where == "catalog.lost"]
+    assert [note.what for note in notes] == ["stray"]
+    assert verify(filled).damage == () or loss == "a lost manifest"
+
+
+def test_a_catalog_that_knows_nothing_more_is_not_kept(filled):
+    with sqlite3.connect(filled / "catalog.db") as db:
+        db.execute("UPDATE tags SET sort = 'x'")
+    db.close()
+    for _ in range(2):
+        with Registry(filled) as registry:
+            registry.rebuild()
+    assert not (filled / "catalog.lost").exists() and verify(filled).damage == ()
+
+
+def test_no_kept_catalog_replaces_another(filled):
+    for number in range(3):
+        (filled / "catalog.db").write_bytes(b"garbage %d" % number * 1000)
+        with Registry(filled) as registry:
+            assert len(registry.list()) == 2
+    kept = [filled / name for name in ("catalog.lost", "catalog.lost-2", "catalog.lost-3")]
+    assert [path.read_bytes()[:9] for path in kept] == [b"garbage %d" % n for n in range(3)]
+
+
+def test_a_log_that_cannot_be_read_leaves_the_catalog_as_it_is(filled):
+    have = lines(filled)
+    (filled / "log").write_bytes(b"".join(have).replace(b"tone", b"tune", 1))
+    before = (filled / "catalog.db").read_bytes()
+    with Registry(filled) as registry, pytest.raises(DamagedError, match="line 2"):
+        registry.rebuild()
+    assert (filled / "catalog.db").read_bytes() == before
+    assert [path.name for path in (filled / "tmp").iterdir()] == []
+
+
+def test_words_are_found_again_after_a_lost_manifest_is_back(filled):
+    """Also those of notes, which were there all the time."""
+    (path,) = manifest_of(filled, "team/sql")
+    data = path.read_bytes()
+    path.unlink()
+    with Registry(filled) as registry:
+        registry.rebuild()
+    path.write_bytes(data)
+    with Registry(filled) as registry:
+        registry.publish("team/sql", "1.0", data)
+        assert [v.name for v in registry.search("good card")] == ["team/sql"]
+    assert verify(filled).damage == ()
