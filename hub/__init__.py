@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from adapterkit.hub.findings import Finding, Report
     from adapterkit.hub.load import load
     from adapterkit.hub.locate import folder
+    from adapterkit.hub.merge.fidelity import Fidelity, MergeReport
+    from adapterkit.hub.merge.merge import merge
     from adapterkit.hub.mixing.blend import blend
+    from adapterkit.hub.mixing.compare import Comparison, compare
     from adapterkit.hub.mixing.written import Blend
 
 PLACES = {
@@ -28,10 +31,13 @@ PLACES = {
     "Average": "adapterkit.hub.compose.blocks",
     "BatchSplit": "adapterkit.hub.compose.blocks",
     "Blend": "adapterkit.hub.mixing.written",
+    "Comparison": "adapterkit.hub.mixing.compare",
     "Conversion": "adapterkit.hub.convert",
     "Diff": "adapterkit.hub.diff",
+    "Fidelity": "adapterkit.hub.merge.fidelity",
     "Finding": "adapterkit.hub.findings",
     "Fuse": "adapterkit.hub.compose.blocks",
+    "MergeReport": "adapterkit.hub.merge.fidelity",
     "Parallel": "adapterkit.hub.compose.blocks",
     "Report": "adapterkit.hub.findings",
     "Split": "adapterkit.hub.compose.blocks",
@@ -40,12 +46,14 @@ PLACES = {
     "attached": "adapterkit.hub.compose.attach",
     "blend": "adapterkit.hub.mixing.blend",
     "check": "adapterkit.hub.check",
+    "compare": "adapterkit.hub.mixing.compare",
     "convert": "adapterkit.hub.convert",
     "describe": "adapterkit.hub.describe",
     "diff": "adapterkit.hub.diff",
     "exit_code": "adapterkit.hub.check",
     "folder": "adapterkit.hub.locate",
     "load": "adapterkit.hub.load",
+    "merge": "adapterkit.hub.merge.merge",
 }
 
 __all__ = [
@@ -55,9 +63,12 @@ __all__ = [
     "Average",
     "BatchSplit",
     "Conversion",
+    "Comparison",
     "Diff",
+    "Fidelity",
     "Finding",
     "Fuse",
+    "MergeReport",
     "Parallel",
     "Report",
     "Split",
@@ -66,12 +77,14 @@ __all__ = [
     "attached",
     "blend",
     "check",
+    "compare",
     "convert",
     "describe",
     "diff",
     "exit_code",
     "folder",
     "load",
+    "merge",
 ]
 
 

@@ -30,6 +30,10 @@ class Weights:
     def __init__(self, base: Base, quantization: str | None = None) -> None:
         self._base, self._quantization = base, quantization
 
+    def over(self, base: Base) -> Weights:
+        """The same under other names of the modules."""
+        return Weights(base, self._quantization)
+
     def weight(self, name: str) -> Tensor:
         """(out, in) as it is applied, float32; the transposed table of an embedding.
 
@@ -40,10 +44,11 @@ class Weights:
         if len(held.weight) != 1 or module.type == EXPERTS:
             raise MismatchError(f"{clean(self._base.name)} has no single weight of {clean(name)}")
         found = read_stored(self._base.tensors, held.weight[0])
-        if self._is_quantized_at_load(module):
+        if module.type in (CONV1D, EMBEDDING):
+            found = found.mT
+        if self._is_quantized_at_load(module):  # a Conv1D as the linear layer it becomes
             found = _requantized(found, self._quantization or "")
-        found = found.float()
-        return found.mT if module.type in (CONV1D, EMBEDDING) else found
+        return found.float()
 
     def bias(self, name: str) -> Tensor | None:
         """(out), float32; None where the module has none. Raises MismatchError for one that the

@@ -1,0 +1,168 @@
+"""How much of an adapter is left once it is in the weights.
+
+For a parameter with base W, wanted change D and what was stored W': applied = W' - Q(W), where Q is
+what the output's format makes of the base alone; gain = <applied, D> / |D|^2, the share of D that
+survived; cosine of the two; error = |applied - D| / |D|.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# A change smaller than this counts as none: nothing is lost of it.
+NOTHING = 0.0
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One parameter, or several together; what is not finite was never written.
+
+    name: the parameter at run time. format: what it is stored as (float32, bfloat16, nf4, int8).
+    base: |W|^2, delta: |D|^2, lost: |applied - D|^2, kept: <applied - D, D>, own: |Q(W) - W|^2, the
+    base's own loss in that format.
+    """
+
+    name: str
+    format: str
+    base: float = 0.0
+    delta: float = 0.0
+    lost: float = 0.0
+    kept: float = 0.0
+    own: float = 0.0
+
+    @property
+    def gain(self) -> float:
+        return 1 + self.kept / self.delta if self.delta > NOTHING else 1.0
+
+    @property
+    def cosine(self) -> float:
+        applied = self.delta + 2 * self.kept + self.lost
+        if self.delta <= NOTHING:
+            return 1.0
+        if applied <= NOTHING:
+            return 0.0
+        return (self.delta + self.kept) / math.sqrt(self.delta * applied)
+
+    @property
+    def error(self) -> float:
+        return math.sqrt(self.lost / self.delta) if self.delta > NOTHING else 0.0
+
+    @property
+    def own_error(self) -> float:
+        """The base's own loss in this format, over |D|."""
+        return math.sqrt(self.own / self.delta) if self.delta > NOTHING else 0.0
+
+    @property
+    def size(self) -> float:
+        """|D| / |W|."""
+        return math.sqrt(self.delta / self.base) if self.base > NOTHING else 0.0
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.format in ("nf4", "fp4", "int8")
+
+    def record(self) -> dict[str, Any]:
+        found = {name: getattr(self, name) for name in ("name", "format", "size", *FIGURES)}
+        return {name: round(v, 6) if isinstance(v, float) else v for name, v in found.items()}
+
+
+FIGURES = ("gain", "cosine", "error", "own_error")
+SUMS = tuple(field.name for field in fields(Fidelity) if field.name not in ("name", "format"))
+
+
+class Measure:
+    """Sums over the blocks of one parameter."""
+
+    def __init__(self, name: str, format_: str) -> None:
+        self.name, self.format = name, format_
+        self._sums = dict.fromkeys(SUMS, 0.0)
+
+    def add(self, w: Tensor, target: Tensor, stored: Tensor, base: Tensor | None = None) -> None:
+        """w: the base's block, target: what it should become, stored: what the file's values mean.
+        base: Q(w), where the format loses something of w itself."""
+        delta = (target - w).flatten()
+        lost = (stored - target).flatten()
+        flat = w.flatten()
+        if base is not None:
+            own = (base - w).flatten()
+            lost = lost - own
+            self._sums["own"] += float(own.dot(own))
+        self._sums["base"] += float(flat.dot(flat))
+        self._sums["delta"] += float(delta.dot(delta))
+        self._sums["lost"] += float(lost.dot(lost))
+        self._sums["kept"] += float(lost.dot(delta))
+
+    def result(self) -> Fidelity:
+        return Fidelity(self.name, self.format, **self._sums)
+
+
+def together(every: Iterable[Fidelity], name: str = "in all", format_: str = "") -> Fidelity:
+    held = list(every)
+    sums = {each: math.fsum(getattr(one, each) for one in held) for each in SUMS}
+    return Fidelity(name, format_, **sums)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, or with dry_run would do.
+
+    folder: what was written, None for a dry run. parameters: one row for each that changed.
+    onto: `original` or `dequantized`, why: how that was chosen. quantization: of what was written.
+    added: tensors that the base's files do not have. untied: whether a tied head became its own.
+    size: bytes of the weights written. recipe: inputs by digest, weights, settings, tool version.
+    """
+
+    folder: Path | None
+    parameters: tuple[Fidelity, ...]
+    onto: str
+    why: str
+    quantization: str
+    recipe: Mapping[str, Any]
+    added: tuple[str, ...] = ()
+    untied: bool = False
+    size: int = 0
+
+    @property
+    def total(self) -> Fidelity:
+        return together(self.parameters)
+
+    @property
+    def guarded(self) -> Fidelity:
+        """Those whose format loses most: the quantized ones, or all where there are none."""
+        lossy = [each for each in self.parameters if each.is_quantized]
+        return together(lossy or self.parameters, "quantized" if lossy else "in all")
+
+    @property
+    def gain(self) -> float:
+        return self.total.gain
+
+    @property
+    def cosine(self) -> float:
+        return self.total.cosine
+
+    @property
+    def error(self) -> float:
+        return self.total.error
+
+    def record(self) -> dict[str, Any]:
+        """The JSON form: stable names."""
+        known = asdict(self)
+        for name in ("folder", "parameters", "recipe"):
+            del known[name]
+        return {
+            "folder": None if self.folder is None else str(self.folder),
+            "dry_run": self.folder is None,
+            **known,
+            "added": list(self.added),
+            "total": self.total.record(),
+            "guarded": self.guarded.record(),
+            "parameters": [each.record() for each in self.parameters],
+            "recipe": dict(self.recipe),
+        }

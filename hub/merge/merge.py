@@ -1,0 +1,168 @@
+"""Adapters into the weights of a base on disk: file by file, tensor by tensor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.hub.bases.folder import CONFIG
+from adapterkit.hub.bases.weights import INDEX
+from adapterkit.hub.findings import clean
+from adapterkit.hub.merge import carried
+from adapterkit.hub.merge.fidelity import Fidelity, MergeReport
+from adapterkit.hub.merge.given import Adapters
+from adapterkit.hub.merge.jobs import PACK, Job
+from adapterkit.hub.merge.making import Maker
+from adapterkit.hub.merge.options import Options
+from adapterkit.hub.merge.planning import Plan, plan
+from adapterkit.hub.merge.shard import shard_writer
+from adapterkit.hub.merge.stage import Done, Stage, staged
+from adapterkit.registry.errors import AdapterWarning, InvalidError
+from adapterkit.registry.files import Files
+
+# Told of bytes of the base that were gone through.
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One file of the merged model: it depends on no other, and can be done anywhere, in any
+    order, more than once."""
+
+    plan: Plan
+    file: str
+    jobs: Sequence[Job]
+
+    def run(self, folder: Path | None, progress: Progress | None = None) -> Done | list[Fidelity]:
+        """Writes the file into the folder; without one, only measures."""
+        if folder is None:
+            return self._measured(progress)
+        files, path = Files(), folder / self.file
+        output = self.plan.output
+        packs = output.base.quantization.method != "none"
+        packs = packs or any(job.form == PACK for job in self.jobs)
+        specs = (spec for job in self.jobs for spec in output.specs(job))
+        rows = []
+        maker = Maker(output, peft=self.plan.options.dialect == "peft")
+        with shard_writer(files, path, specs, packs=packs) as writer:
+            for job in self.jobs:
+                rows.append(maker.run(job, writer))
+                self._tell(job, progress)
+            written = writer.finish()
+        return Done(self.file, written, tuple(row for row in rows if row is not None))
+
+    def _measured(self, progress: Progress | None) -> list[Fidelity]:
+        maker = Maker(self.plan.output, peft=self.plan.options.dialect == "peft")
+        found = []
+        for job in self.jobs:
+            if self.plan.output.is_touched(job.place):
+                found.append(maker.run(job, None))
+            self._tell(job, progress)
+        return [row for row in found if row is not None]
+
+    def _tell(self, job: Job, progress: Progress | None) -> None:
+        if progress is not None and job.source is not None:
+            progress(self.plan.output.base.tensors[job.source].size)
+
+
+def merge(  # noqa: PLR0913
+    adapters: Adapters,
+    *,
+    base: str | Path,
+    out: str | Path | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    options: Options | None = None,
+    **settings: Any,
+) -> MergeReport:
+    """The base with adapters in its weights, as a folder that transformers loads.
+
+    adapters: references or folders -> weights, negative ones subtract; a list means 1 each.
+    base: a model folder, or a Hub id in the local cache. out: a new or empty folder; it appears at
+    once, when everything is in it. resume: go on where a merge into `out` was interrupted.
+    dry_run: nothing is written, and the report is the same. settings: the fields of Options.
+    Raises MismatchError with all findings if an adapter does not belong to the base, InvalidError
+    for what no weight carries and below `min_gain`, ConflictError if `out` is taken.
+    """
+    chosen = replace(options or Options(), **settings)
+    if out is None and not dry_run:
+        raise InvalidError("there is no folder to merge into", hint="give out=, or dry_run=True")
+    made = plan(adapters, base, chosen)
+    tasks = [Task(made, file, jobs) for file, jobs in made.shards.items()]
+    if dry_run or out is None:
+        rows = [row for task in tasks for row in _rows(task.run(None, progress))]
+        return guarded(_report(made, None, rows, 0), chosen, stop=False)
+    with staged(Files(), Path(out), made.recipe, resume=resume) as stage:
+        for task in tasks:
+            if task.file not in stage.done:
+                done = task.run(stage.folder, progress)
+                assert isinstance(done, Done)
+                stage.finished(done)
+        every = [stage.done[task.file] for task in tasks]
+        rows = [row for done in every for row in done.parameters]
+        size = sum(done.written.size for done in every)
+        report = guarded(_report(made, Path(out), rows, size), chosen, stop=True)
+        _finish(made, stage, report)
+    return report
+
+
+def _rows(found: Done | list[Fidelity]) -> Sequence[Fidelity]:
+    return found.parameters if isinstance(found, Done) else found
+
+
+def _report(made: Plan, folder: Path | None, rows: Sequence[Fidelity], size: int) -> MergeReport:
+    return MergeReport(
+        folder,
+        tuple(rows),
+        made.onto.word,
+        made.onto.why,
+        made.quantization,
+        made.recipe,
+        tuple(one.key for one in made.output.added),
+        made.untied,
+        size,
+    )
+
+
+def guarded(report: MergeReport, options: Options, *, stop: bool) -> MergeReport:
+    """The report, if enough of the adapters survived. Raises InvalidError where the output is
+    quantized; else warns."""
+    found = report.guarded
+    if found.gain >= options.min_gain or not report.parameters:
+        return report
+    worst = min(report.parameters, key=lambda each: each.gain)
+    about = (
+        f"of the adapters {found.gain:.0%} would survive in {_format(report)} (gain"
+        f" {found.gain:.3f}, cosine {found.cosine:.3f}; least in {clean(worst.name)},"
+        f" {worst.gain:.3f}), less than min_gain {options.min_gain:g}"
+    )
+    advice = (
+        "write bf16: --quantize none --dtype bfloat16, or keep the base as it is and attach one"
+        " adapter that is blended of these; --min-gain 0 merges all the same"
+    )
+    if found.is_quantized and stop:
+        raise InvalidError(about, hint=advice)
+    warnings.warn(f"{about}; {advice}", AdapterWarning, stacklevel=3)
+    return report
+
+
+def _format(report: MergeReport) -> str:
+    return " and ".join(sorted({row.format for row in report.parameters}))
+
+
+def _finish(made: Plan, stage: Stage, report: MergeReport) -> None:
+    """The files beside the weights."""
+    files, folder = stage.files, stage.folder
+    carried.copy(files, carried.carried(made.place), folder)
+    carried.write(files, folder / CONFIG, carried.text(made.config))
+    names = sorted(made.shards)
+    if carried.needs_index(names):
+        where = {key: one.file for one in stage.done.values() for key in one.written.names}
+        total = sum(one.written.size for one in stage.done.values())
+        carried.write(files, folder / INDEX, carried.index(where, total))
+    record = {"recipe": dict(report.recipe), "fidelity": report.total.record()}
+    carried.write(files, folder / carried.RECORD, carried.text(record))

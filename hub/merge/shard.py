@@ -1,0 +1,153 @@
+"""One safetensors file, written tensor by tensor: its header is reserved and comes last.
+
+Tensors are hashed and written by a thread of their own, while the next block is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from adapterkit.hub.headers import DTYPE_BITS
+from adapterkit.hub.quant.packing import NAMES
+from adapterkit.registry.files import Files
+from adapterkit.registry.hashing import CHUNK
+
+# Blocks that may wait to be written: bounds the memory.
+WAITING = 3
+METADATA = {"format": "pt"}
+# Above any offset, so that no header gets longer than what was reserved.
+FAR = 10**15
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What is known of a tensor before it is made: size in bytes, at most."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+
+
+@dataclass(frozen=True)
+class Written:
+    """digest: sha256 over the data, then the header."""
+
+    size: int
+    digest: str
+    names: tuple[str, ...]
+
+
+class ShardWriter:
+    """packs: tensors whose size is no multiple of 8 come last, so that all are aligned."""
+
+    def __init__(self, files: Files, file: BinaryIO, reserved: int, packs: bool) -> None:
+        self._files, self._file, self._reserved, self._packs = files, file, reserved, packs
+        self._hash = hashlib.sha256()
+        self._entries: dict[str, Any] = {}
+        self._late: list[tuple[Spec, bytes]] = []
+        self._end = 0
+        self._waiting: list[Future[None]] = []
+        self._thread = ThreadPoolExecutor(1)
+        file.seek(8 + reserved)
+
+    def add(self, spec: Spec, blocks: Iterable[memoryview]) -> None:
+        """One tensor. spec.size: exact."""
+        if self._packs and spec.size % 8:
+            self._late.append((spec, b"".join(blocks)))
+            return
+        self._enter(spec)
+        for block in blocks:
+            self._put(block)
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        spec = Spec(name, NAMES[tensor.dtype], tuple(tensor.shape), size)
+        self.add(spec, [as_bytes(tensor)])
+
+    def _enter(self, spec: Spec) -> None:
+        offsets = [self._end, self._end + spec.size]
+        self._entries[spec.name] = entry(spec, offsets)
+        self._end += spec.size
+
+    def _put(self, block: memoryview) -> None:
+        while len(self._waiting) >= WAITING:
+            self._waiting.pop(0).result()
+        self._waiting.append(self._thread.submit(self._write, block))
+
+    def _write(self, block: memoryview) -> None:
+        self._hash.update(block)
+        self._files.write(self._file, block)
+
+    def finish(self) -> Written:
+        """The header, and everything on the disk."""
+        for spec, data in sorted(self._late, key=lambda each: -DTYPE_BITS[each[0].dtype]):
+            self._enter(spec)
+            self._put(memoryview(data))
+        while self._waiting:
+            self._waiting.pop(0).result()
+        text = header(self._entries).ljust(self._reserved)
+        head = self._reserved.to_bytes(8, "little") + text
+        self._file.seek(0)
+        self._write(memoryview(head))
+        self._files.fsync(self._file)
+        names = tuple(self._entries)
+        return Written(8 + self._reserved + self._end, self._hash.hexdigest(), names)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def shard_writer(
+    files: Files, path: Path, specs: Iterable[Spec], *, packs: bool
+) -> Iterator[ShardWriter]:
+    entries: dict[str, Any] = {}
+    end = FAR if packs else 0
+    for spec in specs:
+        entries[spec.name] = entry(spec, [end, end + spec.size])
+        end += spec.size
+    with files.create(path) as file:
+        writer = ShardWriter(files, file, len(header(entries)), packs)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def entry(spec: Spec, offsets: list[int]) -> dict[str, Any]:
+    return {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+
+
+def header(entries: Mapping[str, Any]) -> bytes:
+    found = json.dumps({"__metadata__": METADATA, **entries}, separators=(",", ":")).encode()
+    return found + b" " * (-len(found) % 8)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor that nobody changes any more."""
+    import torch
+
+    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
+
+
+def digest_of(files: Files, path: Path) -> tuple[int, str]:
+    """(size, digest) of a shard, as `Written` has them."""
+    found = hashlib.sha256()
+    with files.open(path) as file:
+        first = file.read(8)
+        head = file.read(int.from_bytes(first, "little"))
+        while data := file.read(CHUNK):
+            found.update(data)
+        found.update(first + head)
+        return file.tell(), found.hexdigest()

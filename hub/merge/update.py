@@ -1,0 +1,176 @@
+"""What is merged into one parameter: W' = diag(rho) W+ P and b' = rho b+, float32, not rounded yet.
+
+W+ and b+ are the base's with all additive updates (docs/composition.md). Weights are seen by rows
+of the file, so that of a large one only a block is in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from adapterkit.hub.bases.base import CONV1D, EMBEDDING, Module
+from adapterkit.hub.compose import gains, replacing
+from adapterkit.hub.compose.gains import Gains, rotate
+from adapterkit.hub.compose.plan import Replacement, Sums, Weighted, fold, split
+from adapterkit.hub.findings import clean
+from adapterkit.hub.primitives import (
+    DenseDelta,
+    GatedLowRank,
+    LowRank,
+    OutputGain,
+    Primitive,
+    Replace,
+    RowScale,
+)
+from adapterkit.registry.errors import InvalidError
+
+# The file holds the transpose of what is applied.
+TRANSPOSED = (CONV1D, EMBEDDING)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """Of one matrix. left (rows, R), right (R, columns) and D as the file lies; g, rho (out).
+    replaced: weights and what takes the place of W, as the file lies."""
+
+    transposed: bool
+    replaced: tuple[Replacement, ...] = ()
+    left: Tensor | None = None
+    right: Tensor | None = None
+    D: Tensor | None = None
+    g: Tensor | None = None
+    gains: Gains = Gains()
+
+    @property
+    def is_empty(self) -> bool:
+        held = (self.left, self.D, self.g)
+        return not self.replaced and self.gains.is_empty and all(each is None for each in held)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it takes all rows at once."""
+        return self.transposed and any(step.ndim > 1 for step in self.gains.steps)
+
+    def applied(self, w: Tensor, start: int = 0) -> Tensor:
+        """The new rows.  w (n, columns): those of the file from `start`, float32 or float64."""
+        rows = slice(start, start + len(w))
+        new = self._replaced(w, rows)
+        if self.g is not None:
+            new = new + w * self._along(self.g, rows, outputs=True).to(w.dtype)
+        if self.left is not None and self.right is not None:
+            new = torch.addmm(new, self.left[rows].to(w.dtype), self.right.to(w.dtype))
+        if self.D is not None:
+            new = new + self.D[rows].to(w.dtype)
+        if self.gains.rho is not None:
+            new = new * self._along(self.gains.rho, rows, outputs=True).to(w.dtype)
+        for step in reversed(self.gains.steps):
+            new = self._turned(new, step.to(w.dtype), rows)
+        return new
+
+    def _replaced(self, w: Tensor, rows: slice) -> Tensor:
+        if not self.replaced:
+            return w
+        parts = [(weight, _rows_of(new, rows)) for weight, new in self.replaced]
+        if len(parts) == 1 and parts[0][0] == 1 and parts[0][1].rows is not None:
+            only = parts[0][1]  # bit for bit
+            changed = w.clone()
+            changed[list(only.rows or ())] = only.T.to(w.dtype)
+            return changed
+        return replacing.whole(w, [(weight, new) for weight, new in parts if len(new.T)])
+
+    def _along(self, vector: Tensor, rows: slice, *, outputs: bool) -> Tensor:
+        """A vector of all outputs, or inputs, that scales the rows or the columns of the file."""
+        return vector[rows, None] if outputs != self.transposed else vector[None, :]
+
+    def _turned(self, w: Tensor, step: Tensor, rows: slice) -> Tensor:
+        """W P for one step of P: a diagonal, or blocks, x_i R_i, so that W_i becomes W_i R_i^T."""
+        if step.ndim == 1:
+            return w * self._along(step, rows, outputs=False)
+        return rotate(w.mT, step.mT).mT if self.transposed else rotate(w, step.mT)
+
+
+def _rows_of(new: Replace, rows: slice) -> Replace:
+    """The part of a replacement that lies in these rows, counted from their first."""
+    if new.rows is None:
+        return replace(new, T=new.T.reshape(len(new.T), -1)[rows])
+    inside = [i for i, row in enumerate(new.rows) if rows.start <= row < rows.stop]
+    return replace(new, T=new.T[inside], rows=tuple(new.rows[i] - rows.start for i in inside))
+
+
+def of_weight(module: Module, updates: Sequence[Weighted], *, peft: bool = False) -> Update:
+    """updates: of all adapters in order, on this module, or on the part of it that is meant."""
+    refuse_gated(module.name, updates)
+    summed, replaced, outside = split(updates)
+    new = tuple((w, r) for w, r in replaced if r.name == "weight")
+    transposed = module.type in TRANSPOSED
+    sums = fold(summed, sequential=peft)
+    left, right = _factors(sums)
+    dense = sums.D
+    if transposed:
+        left, right = None if right is None else right.mT, None if left is None else left.mT
+        dense = None if dense is None else dense.mT
+    around = gains.fold(outside, summed=peft and any(w != 1 for w, _ in outside))
+    return Update(transposed, new, left, right, dense, sums.g, around)
+
+
+def new_bias(
+    module: Module, bias: Tensor, updates: Sequence[Weighted], *, peft: bool = False
+) -> Tensor:
+    """rho (b + sum w (T - b) + sum w d).  bias (out)."""
+    summed, replaced, outside = split(updates)
+    own = [(w, r) for w, r in replaced if r.name == "bias"]
+    new = replacing.whole(bias, own) if own else bias
+    shift = fold(summed, sequential=peft).d
+    new = new if shift is None else new + shift.to(new.dtype)
+    rho = gains.fold(outside, summed=peft and any(w != 1 for w, _ in outside)).rho
+    return new if rho is None else new * rho.to(new.dtype)
+
+
+def moves_bias(updates: Sequence[Weighted]) -> bool:
+    """Whether any of them acts on the bias of a module."""
+    summed, replaced, outside = split(updates)
+    shifts = fold(summed).d is not None or any(r.name == "bias" for _, r in replaced)
+    return shifts or any(isinstance(gain, OutputGain) for _, gain in outside)
+
+
+def refuse_gated(name: str, updates: Sequence[Weighted]) -> None:
+    from adapterkit.hub.change import NO_CHANGE
+
+    if any(isinstance(update.primitive, GatedLowRank) for update in updates):
+        raise InvalidError(f"at {clean(name)}, GatedLowRank {NO_CHANGE['GatedLowRank']}")
+
+
+def _factors(sums: Sums) -> tuple[Tensor | None, Tensor | None]:
+    """(B, A), every scale in them, float32."""
+    if sums.A is None or sums.B is None:
+        return None, None
+    b = sums.B if sums.o is None else sums.B * sums.o[:, None]
+    a = sums.A if sums.gate is None else sums.A * sums.gate[:, None]
+    return b.float(), a.float()
+
+
+def of_expert(primitive: Primitive, expert: int, rows: slice) -> Primitive:
+    """The part of an update of a fused parameter (experts, out, in) that is one expert's rows."""
+    if isinstance(primitive, LowRank):
+        return replace(
+            primitive,
+            B=primitive.B[expert][rows],
+            A=primitive.A[expert],
+            out_scale=_mine(primitive.out_scale, expert, rows),
+            rank_scale=_mine(primitive.rank_scale, expert, slice(None)),
+        )
+    if isinstance(primitive, RowScale):
+        return RowScale(primitive.g[expert, rows])
+    if isinstance(primitive, DenseDelta):
+        return DenseDelta(primitive.D[expert, rows])
+    if isinstance(primitive, Replace) and primitive.rows is None:
+        return replace(primitive, T=primitive.T[expert, rows], name="weight")
+    raise InvalidError(f"{type(primitive).__name__} of fused experts cannot be merged")
+
+
+def _mine(scale: Tensor | None, expert: int, rows: slice) -> Tensor | None:
+    return scale if scale is None or scale.ndim == 1 else scale[expert, rows]
