@@ -12,6 +12,7 @@ from adapterkit.cli import hints as hinted
 from adapterkit.cli.app import App, pass_app
 from adapterkit.cli.output import emit, finding_record, note, say, size
 from adapterkit.cli.progress import progress
+from adapterkit.hub.recipes import KIND
 from adapterkit.registry.errors import InvalidError
 from adapterkit.registry.refs import Ref
 
@@ -50,6 +51,8 @@ def command(
     include: tuple[str, ...], allow_fields: tuple[str, ...], hints: dict[str, Any],
 ) -> None:  # fmt: skip
     """Store an adapter folder as a new version of NAME.
+
+    PATH is a folder, or the file of a recipe, which is made of versions that are here.
 
     Stored are the config, the weights, tokenizer files, the model card and the licence; every other
     file is skipped and listed. Without @VERSION it becomes 1.0, then 1.1 and so on. An adapter that
@@ -108,12 +111,13 @@ def tell(app: App, done: Ingested, base: str | None) -> None:
     else:
         say(f"{added.ref}: already stored, nothing new")
     rank = "" if info.rank is None else f" of rank {info.rank}"
-    say(f"  {info.variant}{rank} on {', '.join(info.targets)}")
+    word = "of" if info.kind == KIND else "on"
+    say(f"  {info.variant}{rank} {word} {', '.join(info.targets)}")
     say(f"  sha256:{added.id}")
     for name, n_bytes in done.skipped:
         say(f"  skipped {name} ({size(n_bytes)})")
     for finding in done.warnings:
         note(app, "Warning", str(finding))
-    if base is None:
+    if base is None and info.kind != KIND:
         name = f", only its name {info.base}" if info.base else ""
         note(app, "Hint", f"the identity of the base is not recorded{name}: give --base BASE")

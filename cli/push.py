@@ -54,24 +54,27 @@ def record(plan: PushPlan | PullPlan, dry_run: bool) -> dict[str, Any]:
         "remote": plan.remote,
         "dry_run": dry_run,
         "new": not plan.published,
-        "n_blobs": len(plan.missing),
+        "n_blobs": len(plan.pieces),
         "size": plan.size,
         "blobs": [
             {"name": piece.name, "digest": f"sha256:{piece.digest}", "size": piece.size}
-            for piece in plan.missing
+            for piece in plan.pieces
         ],
+        "parts": [str(part.ref) for part in plan.parts],
         "tags": list(plan.tags),
         "kept_tags": list(plan.kept_tags),
     }
 
 
 def tell(app: App, label: str, plan: PushPlan | PullPlan, verb: str) -> None:
-    if plan.published and not (plan.missing or plan.attachments or plan.tags):
+    if plan.published and not (plan.pieces or plan.attachments or plan.tags):
         say(f"{label}: already there, nothing new")
     else:
-        say(f"{label}: {verb} {count(len(plan.missing), 'blob')}, {size(plan.size)}")
+        say(f"{label}: {verb} {count(len(plan.pieces), 'blob')}, {size(plan.size)}")
+    if plan.parts:
+        say(f"  with its parts {', '.join(str(part.ref) for part in plan.parts)}")
     if app.detailed:
-        for piece in plan.missing:
+        for piece in plan.pieces:
             say(f"  {piece.name}  sha256:{piece.digest}  {size(piece.size)}")
     for tag in plan.kept_tags:
         say(f"  the tag {tag} stays on another version; --tag {tag} moves it")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from adapterkit.hub import recipe_versions
 from adapterkit.hub.describe import summarize
 from adapterkit.hub.findings import clean
 from adapterkit.hub.locate import recorded_hints
 from adapterkit.hub.read import read_adapter
+from adapterkit.hub.recipes import is_recipe
 from adapterkit.hub.sources import FileSource, Folder
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.manifest import Manifest
@@ -20,6 +22,9 @@ def recheck(manifest: Manifest, files: Mapping[str, Path]) -> None:
     sources = {path: FileSource.open(blob, path) for path, blob in files.items()}
     hints = recorded_hints(manifest)
     folder = Folder(f"sha256:{manifest.id[:12]}", sources, manifest=manifest, hints=hints)
+    if is_recipe(folder):
+        recipe_versions.recheck(folder, manifest)
+        return
     adapter = read_adapter(folder, manifest.adapter.get("unknown_fields") or ())
     adapter.require_sound()
     derived = summarize(adapter, digest=True).record()

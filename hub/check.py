@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from adapterkit.hub.adapter import Adapter
@@ -25,9 +26,17 @@ from adapterkit.hub.fit import OTHER_NAME, fit
 from adapterkit.hub.identity import Compare, Identity, identify
 from adapterkit.hub.locate import Opener, Source, locate
 from adapterkit.hub.read import read_adapter
+from adapterkit.hub.recipes import is_recipe
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import doubt, for_task
+from adapterkit.hub.unfold import unfold
 from adapterkit.registry.errors import AdapterError, InvalidError, MismatchError
+
+# Of verdicts, and of levels of comparison, for several adapters together.
+WORSE = (
+    IDENTICAL, SAME_CAST, QUANTIZED_DIFFERENTLY, FITS, OTHER_WEIGHTS, INCOMPATIBLE, UNKNOWN,
+)  # fmt: skip
+STRONGER = ("none", "layout", "sketch", "touched")
 
 
 def check(
@@ -45,7 +54,7 @@ def check(
     quantization: nf4, fp4, int8 or none: how the base will be loaded; as it is stored when None.
     deep: read values too: not-a-number in the adapter, every touched tensor of the base.
     An adapter that cannot be read is a report with verdict `unknown`; a base that cannot be read
-    raises.
+    raises. Of a recipe every part is checked; the verdict is the worst.
     """
     if quantization not in (None, *METHODS):
         choices = ", ".join(METHODS)
@@ -53,6 +62,11 @@ def check(
     described = base if isinstance(base, Base) else _read(base)
     try:
         folder = locate(source, registry)
+        if is_recipe(folder):
+            one = partial(check, quantization=quantization, deep=deep, allow_fields=allow_fields)
+            leaves = unfold(folder, registry).leaves
+            reports = {leaf.label: one(leaf.folder, base=described) for leaf in leaves}
+            return _together(folder, described, reports)
         adapter = read_adapter(folder, allow_fields)
         doubts = doubt(adapter, described)
         described = for_task(described, adapter)
@@ -63,6 +77,20 @@ def check(
     broken = any(finding.severity == ERROR for finding in findings)
     identity = Identity(FITS, "none", ()) if broken else identify(folder, described, deep=deep)
     return judge(folder, described, findings, identity, quantization)
+
+
+def _together(folder: Folder, base: Base, reports: Mapping[str, Report]) -> Report:
+    """Of a recipe: the worst of its parts, and what is said of each."""
+    every = [
+        replace(finding, tensor=f"{label}: {finding.tensor}")
+        for label, report in reports.items()
+        for finding in report.findings
+    ]
+    worst = max((report.verdict for report in reports.values()), key=WORSE.index)
+    level = min((report.level for report in reports.values()), key=STRONGER.index)
+    failure = max(report.failure for report in reports.values())
+    found = Report(worst, tuple(sorted(every)), level, folder.name, base.name)
+    return replace(found, failure=failure)
 
 
 def judge(

@@ -12,6 +12,8 @@ from adapterkit.hub.headers import Stored
 from adapterkit.hub.kinds import kind
 from adapterkit.hub.locate import Source, locate
 from adapterkit.hub.read import read_adapter
+from adapterkit.hub.recipe_versions import info_of
+from adapterkit.hub.recipes import is_recipe
 from adapterkit.registry.strictjson import canonical, digest_of
 
 if TYPE_CHECKING:
@@ -29,6 +31,8 @@ def describe(
     wrong or odd. Raises NotFoundError, DamagedError if it cannot be read at all.
     """
     folder = locate(source, registry)
+    if is_recipe(folder):
+        return info_of(folder)
     info = summarize(read_adapter(folder, allow_fields), digest=True)
     if folder.manifest is None:
         return info

@@ -15,7 +15,9 @@ from adapterkit.hub.compose.weighing import parse
 from adapterkit.hub.findings import INCOMPATIBLE, OTHER_WEIGHTS, UNKNOWN, clean, listing
 from adapterkit.hub.locate import Source, locate
 from adapterkit.hub.read import read_adapter
+from adapterkit.hub.recipes import is_recipe
 from adapterkit.hub.sources import Folder
+from adapterkit.hub.unfold import unfold
 from adapterkit.registry.errors import AdapterWarning, MismatchError
 
 HEADS = ("score", "classifier", "out_proj")
@@ -23,19 +25,29 @@ TABLES = ("table", "replace.weight")
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What is to be attached: an adapter, or a recipe. name, weight: as the user gives them."""
+
+    name: str
+    folder: Folder
+    weight: float
+
+
+@dataclass(frozen=True)
 class Found:
-    """One adapter to load: its name, its files, what it is, its weight."""
+    """One adapter to load: what messages call it, its files, what it is. asked: for what it is."""
 
     name: str
     folder: Folder
     adapter: Adapter
-    weight: float
+    asked: Asked
 
 
 def gather(
     adapters: Mapping[str, float] | Sequence[Source] | Source | None, options: Options
 ) -> list[Found]:
-    """Every adapter asked for, read. Raises InvalidError for what is no source or no weight."""
+    """Every adapter asked for, read; of a recipe, its parts. Raises InvalidError for what is no
+    source or no weight."""
     if adapters is None:
         return []
     if isinstance(adapters, Mapping):
@@ -47,9 +59,18 @@ def gather(
     found = []
     for name, source in sources.items():
         folder = locate(source, options.registry)
-        adapter = read_adapter(folder, options.allow_fields)
-        found.append(Found(name, folder, adapter, weights[name]))
+        asked = Asked(name, folder, weights[name])
+        for label, part in _adapters(asked, options):
+            found.append(Found(label, part, read_adapter(part, options.allow_fields), asked))
     return found
+
+
+def _adapters(asked: Asked, options: Options) -> Iterator[tuple[str, Folder]]:
+    if not is_recipe(asked.folder):
+        yield asked.name, asked.folder
+        return
+    for i, leaf in enumerate(unfold(asked.folder, options.registry).leaves):
+        yield f"{asked.name}[{i}] {leaf.label}", leaf.folder
 
 
 def require_fit(found: list[Found], base: Base, quantization: str | None, options: Options) -> None:

@@ -11,12 +11,23 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.hub.adapter import Adapter, AdapterInfo
 from adapterkit.hub.bases.base import METHODS, Base, Quantization
 from adapterkit.hub.bases.spelling import spelled
+from adapterkit.hub.check import check
 from adapterkit.hub.describe import summarize
-from adapterkit.hub.findings import ERROR, WARNING, Finding, clean, listing
+from adapterkit.hub.findings import (
+    ERROR,
+    INCOMPATIBLE,
+    OTHER_WEIGHTS,
+    WARNING,
+    Finding,
+    clean,
+    listing,
+)
 from adapterkit.hub.fit import fit
 from adapterkit.hub.formats.config import is_number
 from adapterkit.hub.locate import locate
 from adapterkit.hub.read import read_adapter
+from adapterkit.hub.recipe_versions import add_recipe, info_of
+from adapterkit.hub.recipes import is_recipe
 from adapterkit.hub.rooting import rooted
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import doubt, for_task
@@ -99,6 +110,8 @@ def add(  # noqa: PLR0913
     """
     chosen = replace(options or Options(), **settings)
     folder = path if isinstance(path, Folder) else locate(Path(path))
+    if is_recipe(folder):
+        return _recipe(registry, folder, name, version, tags, _attachments(metrics, note), chosen)
     adapter = read_adapter(folder, chosen.allow_fields)
     adapter = replace(adapter, findings=(*adapter.findings, *check_values(adapter)))
     base = _base(chosen.base)
@@ -123,6 +136,31 @@ def add(  # noqa: PLR0913
     )
     warnings = tuple(sorted({f for f in findings if f.severity == WARNING}))
     return Ingested(added, info, skipped, warnings)
+
+
+def _recipe(  # noqa: PLR0913
+    registry: Registry,
+    folder: Folder,
+    name: str,
+    version: str | None,
+    tags: Sequence[str],
+    attachments: Mapping[str, bytes],
+    chosen: Options,
+) -> Ingested:
+    """What is known of the base of a recipe is known of the bases of its parts."""
+    given = [field for field in ("trained_on", "include", "weights") if getattr(chosen, field)]
+    if given:
+        raise InvalidError(f"{clean(folder.name)} is a recipe, which takes no {', '.join(given)}")
+    findings: Collection[Finding] = ()
+    if chosen.base is not None:
+        report = check(folder, base=chosen.base, registry=registry)
+        findings = report.warnings
+        if report.verdict in (INCOMPATIBLE, OTHER_WEIGHTS):
+            raise MismatchError(f"{clean(folder.name)} does not fit:\n{listing(report.findings)}")
+    added = add_recipe(
+        registry, folder, name, version=version, tags=tags, attachments=attachments
+    )
+    return Ingested(added, info_of(folder), (), tuple(findings))
 
 
 def _fitting(adapter: Adapter, base: Base) -> list[Finding]:

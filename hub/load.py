@@ -53,7 +53,7 @@ def load(  # noqa: PLR0913
 ) -> PreTrainedModel:
     """The base as a transformers model in evaluation mode, adapters attached and active.
 
-    adapters: references or folders -> weights, or a list of them with weight 1;
+    adapters: references, folders or recipes -> weights, or a list of them with weight 1;
     `attached(model)` is their handle. quantization: none, int8, nf4 or fp4 (4 bits with double
     quantization), or a config of transformers. dtype: of the weights that stay dense, and of the
     products on a 4-bit base. resize: grow the vocabulary to that of
@@ -78,9 +78,10 @@ def load(  # noqa: PLR0913
     _mention_tokenizers(found, described)
     if found:
         handle = attach(model, options=options)
-        for one in found:
-            handle.add(one.name, one.folder)
-        handle.activate({one.name: one.weight for one in found})
+        asked = list({one.asked.name: one.asked for one in found}.values())
+        for each in asked:
+            handle.add(each.name, each.folder)
+        handle.activate({each.name: each.weight for each in asked})
     return model
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from adapterkit.hub.findings import clean
+from adapterkit.hub.recipes import folder_of, is_file
 from adapterkit.hub.sources import FileSource, Folder, open_folder, sole_subfolder
 from adapterkit.hub.sums import check_sums
 from adapterkit.registry.errors import DamagedError, InvalidError
@@ -68,14 +69,23 @@ def with_hints(source: Source, hints: Mapping[str, Any]) -> Source:
 
 
 def folder(path: str | Path, /, **hints: Any) -> Folder:
-    """An adapter's folder, and what its files do not say: `folder("./dump", alpha=16)`.
+    """An adapter's folder, and what its files do not say: `folder("./dump", alpha=16)`; or the file
+    of a recipe.
 
     Stands for the folder wherever a source is taken; the registry remembers the hints.
     Raises NotFoundError, DamagedError, and InvalidError for a hint that JSON cannot hold."""
+    if is_file(Path(path)):
+        return _recipe(Path(path), hints)
     opened = open_folder(Path(path))
     check_sums(opened)
     _require_canonical(hints)
     return replace(sole_subfolder(opened, CONFIG), hints=hints)
+
+
+def _recipe(path: Path, hints: Mapping[str, Any]) -> Folder:
+    if hints:
+        raise InvalidError(f"{path} is a recipe, which takes no hints: {', '.join(sorted(hints))}")
+    return folder_of(path)
 
 
 def _require_canonical(hints: Mapping[str, Any]) -> None:

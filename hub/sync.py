@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from adapterkit.hub import parts
 from adapterkit.hub.findings import clean
 from adapterkit.hub.remotes.base import Progress, Published, Remote, find
 from adapterkit.hub.remotes.plans import Piece, PullPlan, PushPlan
@@ -46,7 +47,7 @@ def plan_push(
     missing = [piece for piece in pieces if not remote.has(piece.digest, piece.size)]
     return PushPlan(
         version.ref, version.id, remote.url, tuple(missing), tuple(new), moved, kept,
-        there is not None,
+        there is not None, tuple(parts.to_push(registry, manifest, remote, plan_push)),
     )  # fmt: skip
 
 
@@ -54,6 +55,8 @@ def push(
     registry: Registry, plan: PushPlan, remote: Remote, progress: Progress | None = None
 ) -> bool:
     """Carry out a plan; whether the version is new there. progress: told the bytes sent."""
+    for part in plan.parts:
+        push(registry, part, remote, progress)
     for piece in plan.missing:
         remote.send(piece.digest, piece.size, registry.blob(piece.digest), progress or _silent)
     for attachment in plan.attachments:
@@ -102,6 +105,7 @@ def plan_pull(
         source.ref, target, source.id, remote.url, data,
         tuple(piece for piece in pieces if piece.digest in absent),
         tuple(new), moved, kept, here is not None,
+        tuple(parts.to_pull(registry, manifest, remote, plan_pull)),
     )  # fmt: skip
 
 
@@ -115,8 +119,10 @@ def pull(
     """Carry out a plan; whether the version is new here. progress: told the bytes that arrived.
 
     recheck: given the manifest and the blob of each file; it raises when what the manifest says
-    is not what the files say, and then nothing is recorded.
+    is not what the files say, and then nothing is recorded. Parts of a recipe come first.
     """
+    for part in plan.parts:
+        pull(registry, part, remote, progress, recheck)
     for piece in plan.missing:
         registry.receive(
             piece.digest,

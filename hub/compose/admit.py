@@ -80,5 +80,5 @@ def admit(
     if report.errors or (options.strict and report.warnings):
         raise MismatchError(f"{about}\n{listing(report.findings)}")
     if report.warnings:
-        warnings.warn(f"{about}\n{listing(report.warnings)}", AdapterWarning, stacklevel=5)
+        warnings.warn(f"{about}\n{listing(report.warnings)}", AdapterWarning, stacklevel=6)
     return adapter

@@ -16,20 +16,25 @@ from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import weighing
 from adapterkit.hub.compose.admit import Options, admit, refined
 from adapterkit.hub.compose.blocks import Block, Setup
+from adapterkit.hub.compose.context import Context
 from adapterkit.hub.compose.entry import Entry
 from adapterkit.hub.compose.fusions import joined_by, require_composed, require_unused
+from adapterkit.hub.compose.groups import Groups, group_of
+from adapterkit.hub.compose.heads import Heads
 from adapterkit.hub.compose.interventions import Interventions
 from adapterkit.hub.compose.layers import Layers
-from adapterkit.hub.compose.context import Context
 from adapterkit.hub.compose.lowering import Bound, Lowered, lower
 from adapterkit.hub.compose.model import describe_model
 from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.compose.parts import Make, Part
 from adapterkit.hub.compose.patch import Patch
+from adapterkit.hub.compose.saving import recipe_of, write
 from adapterkit.hub.compose.updates import Updates
 from adapterkit.hub.findings import clean
 from adapterkit.hub.locate import Source, locate
+from adapterkit.hub.recipes import Recipe, is_recipe
 from adapterkit.hub.sources import Folder
+from adapterkit.hub.unfold import unfold
 from adapterkit.registry.errors import (
     ConflictError,
     InvalidError,
@@ -39,7 +44,7 @@ from adapterkit.registry.errors import (
 # The handle lies on the model itself: whoever drops the model drops its adapters.
 HANDLE = "adapterkit_adapters"
 # One for each class of primitives, from the outside in.
-PARTS: tuple[Make, ...] = (Context, Entry, Interventions, Layers, Updates)
+PARTS: tuple[Make, ...] = (Context, Entry, Heads, Interventions, Layers, Updates)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,9 @@ class Adapters:
         self._model, self._base, self._options = model, base, options
         self._modules = dict(model.named_modules())
         self._lowered: dict[str, Lowered] = {}
+        self._folders: dict[str, Folder] = {}
+        self._groups = Groups()
+        self._given = Setup({})  # as it was asked for, with the names of recipes
         self._parts: list[Part] = [make(model, base, options) for make in PARTS]
         self._active = Setup({})
         self._origin = Origin(base.name)
@@ -77,56 +85,102 @@ class Adapters:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._lowered)
+        return tuple(self._groups.shown(self._lowered))
 
     @property
     def active(self) -> Mapping[str, float]:
         """Weights as last activated; names left out are 0."""
-        return MappingProxyType(self._active)
+        return MappingProxyType(self._given)
 
     @property
     def report(self) -> Mapping[str, Report]:
-        """For each adapter, every tensor of its file and what it was bound to, and its bytes."""
-        return {name: Report(found.bound, found.size) for name, found in self._lowered.items()}
+        """For each adapter, every tensor of its file and what it was bound to, and its bytes; for a
+        recipe, those of its parts."""
+        return {name: self._report(self._groups.of(name)) for name in self.names}
+
+    def _report(self, names: Sequence[str]) -> Report:
+        found = [self._lowered[name] for name in names]
+        bound = tuple(row for lowered in found for row in lowered.bound)
+        return Report(bound, sum(lowered.size for lowered in found))
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is active, by the digests of versions. Raises InvalidError naming what came from a
+        folder."""
+        block = self._active.block if self._active.is_composed else None
+        return recipe_of(self._active, self._folders, block, self._options.dialect)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the recipe into a new file, for `adapter add FILE NAME`."""
+        return write(self.recipe, Path(path))
 
     def joined(self, name: str) -> tuple[str, ...]:
         """The adapters that the fusion of that name joins; () for any other adapter."""
         self._known([name])
-        return joined_by(self._lowered[name])
+        return () if name in self._groups.held else joined_by(self._lowered[name])
 
     def add(self, name: str, source: Source) -> None:
-        """Attaches one more, inactive. Raises ConflictError if the name is taken, MismatchError
-        with all findings if it does not fit; then nothing has changed."""
+        """Attaches one more, inactive; a recipe is all its parts under one name. Raises
+        ConflictError if the name is taken, MismatchError with all findings if it does not fit; then
+        nothing has changed."""
         self._require_attached()
-        if name in self._lowered:
-            raise ConflictError(f"an adapter is attached as {clean(name)} already")
         folder = locate(source, self._options.registry)
+        if not is_recipe(folder):
+            self._add([name], [folder])
+            return
+        unfolded = unfold(folder, self._options.registry)
+        if unfolded.dialect != self._options.dialect:
+            raise InvalidError(
+                f"{clean(name)} is a recipe in the dialect {unfolded.dialect}",
+                hint=f"attach(..., dialect={unfolded.dialect!r})",
+            )
+        group = group_of(name, unfolded)
+        self._add([name, *group.members], [None, *(leaf.folder for leaf in unfolded.leaves)])
+        self._groups.held[name] = group
+
+    def _add(self, names: Sequence[str], folders: Sequence[Folder | None]) -> None:
+        """Lowers all before one is attached. folders: None for a name of several."""
+        taken = [clean(n) for n in names if n in self._lowered or n in self._groups.held]
+        if taken:
+            raise ConflictError(f"an adapter is attached as {', '.join(taken)} already")
+        pairs = [(n, f) for n, f in zip(names, folders, strict=True) if f is not None]
+        made = {name: self._lower(folder) for name, folder in pairs}
+        self._lowered |= made
+        self._folders |= dict(pairs)
+
+    def _lower(self, folder: Folder) -> Lowered:
         adapter = admit(folder, self._base, self._modules, self._options)
         lowered = lower(adapter, self._base, self._modules, self._options.dtype)
         heads = weighing.whole_modules(lowered)
         self._own_heads |= {head for head in heads if not self._origin.brings(head)}
-        self._lowered[name] = lowered
+        return lowered
 
     def remove(self, name: str) -> None:
         """Forgets one; the others stay as active as they were. Raises ConflictError if the active
         composition names it: what would be left of that is not said."""
         self._known([name])
+        members = self._groups.of(name)
         if self._active.is_composed:
-            require_unused(name, self._active, self._lowered)
+            for member in members:
+                require_unused(member, self._active, self._lowered)
         else:
-            remaining = {other: w for other, w in self._active.items() if other != name}
-            self.activate(remaining)
-        del self._lowered[name]
+            self.activate({other: w for other, w in self._given.items() if other != name})
+        for member in members:
+            del self._lowered[member], self._folders[member]
+        self._groups.held.pop(name, None)
 
     def activate(self, weights: Mapping[str, float] | Sequence[str] | Block) -> None:
         """Makes the model the base plus sum of weight * adapter; names left out are 0.
 
         weights: finite numbers, negative ones subtract; a plain list of names means 1 each; a
-        block (Stack, Fuse, ...) composes what acts in layers.
+        block (Stack, Fuse, ...) composes what acts in layers. That of a recipe multiplies those of
+        its parts.
         """
         self._require_attached()
+        asked = weighing.parse(weights)
+        self._known(asked)
+        weights = self._groups.meant(weights, asked)
         given = weighing.parse(weights)
-        self._known(given)
         weighing.require_usable(given, self._lowered, self._options.dialect)
         weighing.require_whole(given, self._lowered, self._own_heads)
         active = weighing.setup(weights, given)
@@ -135,13 +189,14 @@ class Adapters:
         for switch in switches:  # nothing above can leave half of it active
             switch()
         self._active = active
+        self._given = Setup({name: weight for name, weight in asked.items() if weight})
 
     def detach(self) -> None:
         """The base again, bit for bit; this object is empty afterwards."""
         for part in reversed(self._parts):
             part.remove()
         self._lowered.clear()
-        self._active = Setup({})
+        self._active = self._given = Setup({})
         if vars(self._model).get(HANDLE) is self:
             del vars(self._model)[HANDLE]
         self._detached = True
@@ -153,16 +208,17 @@ class Adapters:
         self.detach()
 
     def __repr__(self) -> str:
-        return f"<Adapters {', '.join(f'{n}={self._active.get(n, 0.0):g}' for n in self._lowered)}>"
+        return f"<Adapters {', '.join(f'{n}={self._given.get(n, 0.0):g}' for n in self.names)}>"
 
     def _require_attached(self) -> None:
         if self._detached:
             raise ConflictError("these adapters were detached", hint="attach to the model again")
 
     def _known(self, names: Collection[str]) -> None:
-        unknown = [clean(str(name)) for name in names if name not in self._lowered]
+        known = self.names
+        unknown = [clean(str(name)) for name in names if name not in known]
         if unknown:
-            held = ", ".join(self._lowered) or "nothing"
+            held = ", ".join(known) or "nothing"
             raise NotFoundError(f"no adapter is attached as {', '.join(unknown)}; attached: {held}")
 
 

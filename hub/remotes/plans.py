@@ -22,7 +22,7 @@ class PushPlan:
     """ref: NAME@VERSION, the same on both sides. missing: what the remote lacks.
 
     tags: to be set there. kept_tags: which the remote has on another version, and keeps there.
-    published: whether the remote has the version already.
+    published: whether the remote has the version already. parts: of a recipe, what goes first.
     """
 
     ref: Ref
@@ -33,17 +33,23 @@ class PushPlan:
     tags: tuple[str, ...]
     kept_tags: tuple[str, ...]
     published: bool
+    parts: tuple[PushPlan, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """All that is missing, of parts too; each blob once."""
+        return _every(self)
 
     @property
     def size(self) -> int:
-        return sum(piece.size for piece in self.missing)
+        return sum(piece.size for piece in self.pieces)
 
 
 @dataclass(frozen=True)
 class PullPlan:
     """source: NAME@VERSION there. ref: the same version here, maybe under another name.
 
-    missing, tags, kept_tags, published: as in PushPlan, the other way round.
+    missing, tags, kept_tags, published, parts: as in PushPlan, the other way round.
     """
 
     source: Ref
@@ -56,7 +62,17 @@ class PullPlan:
     tags: tuple[str, ...]
     kept_tags: tuple[str, ...]
     published: bool
+    parts: tuple[PullPlan, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return _every(self)
 
     @property
     def size(self) -> int:
-        return sum(piece.size for piece in self.missing)
+        return sum(piece.size for piece in self.pieces)
+
+
+def _every(plan: PushPlan | PullPlan) -> tuple[Piece, ...]:
+    found = {piece.digest: piece for part in plan.parts for piece in part.missing}
+    return tuple((found | {piece.digest: piece for piece in plan.missing}).values())
