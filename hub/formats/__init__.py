@@ -38,6 +38,15 @@ FORMAT = "format"
 
 def read_folder(folder: Folder, allow_fields: Collection[str] = ()) -> Adapter:
     """The adapter in `folder`. Raises NotFoundError naming what is missing or not supported."""
+    try:
+        return _read(folder, allow_fields)
+    except InvalidError as error:  # what the user has to say of a folder, a manifest says
+        if folder.manifest is None:
+            raise
+        raise DamagedError(f"the manifest of {clean(folder.name)}: {error}") from error
+
+
+def _read(folder: Folder, allow_fields: Collection[str]) -> Adapter:
     config = _config(folder)
     name = _format(folder, config)
     module = import_module(FORMATS[name])
@@ -90,8 +99,7 @@ def _require_used(
         return
     shown = ", ".join(map(clean, unused[:10]))
     names = "; ".join(f"{hint}: {about}" for hint, about in known.items()) or "none"
-    error = InvalidError if folder.manifest is None else DamagedError
-    raise error(
+    raise InvalidError(
         f"{clean(folder.name)} has hints that are not used: {shown}; the format {name} knows"
         f" {names}"
     )

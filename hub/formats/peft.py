@@ -74,7 +74,9 @@ def _canonical(
     """Fields, placed tensors and key findings; patterns are resolved for the modules found."""
     keys = read_keys(header.tensors, row, row.fields(reader, ()).replaced, targets)
     modules = {module for module, _ in keys.places.values() if module}
-    places = {place: header.tensors[key] for key, place in keys.places.items()}
+    places = {
+        place: row.shaped(place[1], header.tensors[key]) for key, place in keys.places.items()
+    }
     return row.fields(reader, sorted(modules)), places, keys
 
 

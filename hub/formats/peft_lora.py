@@ -62,10 +62,9 @@ REFUSED = {
     "velora_config": "activations are compressed (VeLoRA)",
     "monteclora_config": "factors are sampled (MonteCLoRA)",
     "megatron_config": "layers are split over devices (Megatron)",
-    "enable_lora": "one fused matrix holds several adapters (loralib MergedLinear)",
 }
-# PEFT 0.2 and 0.3 wrote it; it only said when to merge.
-INERT = frozenset({"merge_weights"})
+# PEFT 0.2 and 0.3 wrote them: when to merge, and what only means something in `peft_fused`.
+INERT = frozenset({"merge_weights", "enable_lora"})
 
 # Before it, PEFT read (experts, out, in) as (experts, in, out), and so wrote the factors of the
 # transpose; 0.19.0 did so for some families only.

@@ -56,6 +56,9 @@ def refusals(config: Mapping[str, Any]) -> list[Finding]:
     if config.get("use_dora"):
         why = "the fork that writes mixers leaves them out of its DoRA"
         found.append(Finding(ERROR, UNSUPPORTED, "use_dora", f"no use_dora with {FLAG}", why))
+    if config.get("enable_lora"):
+        why = "the fork that writes mixers leaves them out of fused layers"
+        found.append(Finding(ERROR, UNSUPPORTED, "enable_lora", f"none with {FLAG}", why))
     if config.get(FLAG) is None:
         about = "no such field, but tensors of a mixer: they are applied"
         found.append(Finding(WARNING, "mixer-not-declared", FLAG, "true", about))

@@ -9,6 +9,7 @@ from typing import Any
 
 from adapterkit.hub.findings import Finding
 from adapterkit.hub.formats.config import ConfigReader
+from adapterkit.hub.headers import Stored
 from adapterkit.hub.matching import Targets
 
 
@@ -24,6 +25,10 @@ def _nowhere(keys: Iterable[str], targets: Targets) -> dict[str, tuple[str, str]
     return {}
 
 
+def _as_stored(role: str, stored: Stored) -> Stored:
+    return stored
+
+
 @dataclass(frozen=True)
 class PeftType:
     """kind: its row in `kinds.KINDS`. endings: end of a key behind the module's path -> role.
@@ -33,7 +38,8 @@ class PeftType:
     known: fields it reads; inert: fields that change nothing in a saved adapter; refused: those
     that change the result and are not applied -> why. refusals: what else the config asks for in
     vain. whole: keys that belong to no module, without their prefix -> role. places: keys whose
-    place the config decides -> (module, role). claims: of a row in VARIANTS, whether a file with
+    place the config decides -> (module, role). shaped: (role, tensor) -> the tensor in the shape
+    that the kind knows. claims: of a row in VARIANTS, whether a file with
     this config and these keys is one.
     """
 
@@ -46,6 +52,7 @@ class PeftType:
     refusals: Callable[[Mapping[str, Any]], list[Finding]] = _none
     whole: Mapping[str, str] = field(default_factory=dict)
     places: Callable[[Iterable[str], Targets], dict[str, tuple[str, str]]] = _nowhere
+    shaped: Callable[[str, Stored], Stored] = _as_stored
     claims: Callable[[Mapping[str, Any], Collection[str]], bool] = _always
 
 
@@ -66,8 +73,13 @@ PEFT_TYPES = {
     "PROMPT_TUNING": "adapterkit.hub.formats.peft_prompt:PROMPT_TUNING",
     "P_TUNING": "adapterkit.hub.formats.peft_prompt:P_TUNING",
 }
-# What forks write under the name of another type.
-VARIANTS = {"LORA": ("adapterkit.hub.formats.peft_moslora:MOSLORA",)}
+# What forks and old versions write under the name of another type.
+VARIANTS = {
+    "LORA": (
+        "adapterkit.hub.formats.peft_moslora:MOSLORA",
+        "adapterkit.hub.formats.peft_fused:FUSED",
+    ),
+}
 # Types that PEFT, or a fork of it, writes; those without a row above are refused by name.
 OTHER_TYPES = frozenset(
     [

@@ -122,8 +122,8 @@ def test_on_arrival_hints_are_held_against_the_files(registry: Registry, dump: P
     changed = {**manifest.adapter, "hints": {**HINTS, "alpha": 7}}
     with pytest.raises(DamagedError, match="alphas is"):
         recheck(replace(manifest, adapter=changed), files)
-    for odd in ({**HINTS, "beta": 1}, [1]):
-        with pytest.raises(DamagedError, match="hints"):
+    for odd in ({**HINTS, "beta": 1}, [1], {"alpha": 6}, {**HINTS, "format": "odd"}):
+        with pytest.raises(DamagedError, match="manifest"):
             recheck(replace(manifest, adapter={**manifest.adapter, "hints": odd}), files)
 
 
@@ -301,6 +301,37 @@ def test_fused_factors_change_the_matrices_that_are_enabled(
     for j, place in enumerate(i for i, on in enumerate(parts) if on):
         change[place * 48 : (place + 1) * 48] = 6 / 3 * b[j] @ a[j]
     acts_as(model, folder(path, alpha=6, enable_lora=parts), {MODULE: change.T})
+
+
+def merged_linear(path: Path, enabled: list[bool], a: torch.Tensor, b: torch.Tensor) -> Path:
+    """What PEFT 0.2 writes of a fused layer: B is the weight of a convolution."""
+    path.mkdir()
+    key = f"base_model.model.{MODULE}"
+    state = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b[:, :, None]}
+    torch.save(state, path / "adapter_model.bin")
+    config = {
+        "peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["h.0.attn.c_attn"],
+        "enable_lora": enabled, "merge_weights": False, "fan_in_fan_out": True, "bias": "none",
+    }  # fmt: skip
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_fused_layers_of_the_oldest_peft_are_applied(tmp_path: Path, fixtures: Path) -> None:
+    a, b = torch.randn(6, 48), torch.randn(96, 3)
+    path = merged_linear(tmp_path / "old", [True, False, True], a, b)
+    change = torch.zeros(144, 48)
+    change[:48], change[96:] = 2 * b[:48] @ a[:3], 2 * b[48:] @ a[3:]
+    acts_as(model_of(fixtures / "bases" / "gpt2"), path, {MODULE: change.T})
+
+
+@pytest.mark.parametrize("enabled", [[True, True, True], [True, False, False], "qv", [1, 0, 1]])
+def test_fused_layers_that_peft_mixes_up_are_refused_by_name(
+    tmp_path: Path, enabled: Any
+) -> None:
+    path = merged_linear(tmp_path / "old", enabled, torch.randn(6, 48), torch.randn(96, 3))
+    with pytest.raises((DamagedError, NotFoundError), match="enable_lora"):
+        read(path)
 
 
 def test_values_beside_the_tensors_are_warned_about(tmp_path: Path) -> None:

@@ -202,11 +202,11 @@ def test_a_type_in_lower_case_is_refused_with_its_spelling(make: Make, kind: str
         read(make(peft_type=kind))
 
 
-def test_other_tools_of_the_same_file_name_are_named(make: Make) -> None:
+def test_a_config_without_a_type_is_of_another_tool_or_of_none(make: Make) -> None:
     hub = {"model_type": "bert", "model_name": "bert-base", "peft_type": ...}
-    with pytest.raises(NotFoundError, match=r"AdapterHub.*model_type bert"):
+    with pytest.raises(DamagedError, match="name is None, expected the adapter's name"):
         read(make(**hub))
-    with pytest.raises(NotFoundError, match=r"MLX-LM.*fine_tune_type lora"):
+    with pytest.raises(DamagedError, match="lora_parameters is None, expected an object"):
         read(make(fine_tune_type="lora", peft_type=...))
     with pytest.raises(NotFoundError, match="peft_type is missing"):
         read(make(peft_type=...))
