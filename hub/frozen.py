@@ -6,14 +6,17 @@ from collections.abc import Iterator
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base, Module
-from adapterkit.hub.findings import ERROR, WARNING, Finding
+from adapterkit.hub.findings import ERROR, OTHER_WEIGHTS, WARNING, Finding
 
 ROLE = "frozen."
-CODE = "other-weights"
 
 
-def frozen(adapter: Adapter, base: Base) -> Iterator[Finding]:
+def frozen(adapter: Adapter, base: Base) -> list[Finding]:
     """One for each tensor that differs from the base's, where the base is a checkpoint."""
+    return list(_differing(adapter, base))
+
+
+def _differing(adapter: Adapter, base: Base) -> Iterator[Finding]:
     for (module, role), stored in adapter.tensors.items():
         if not role.startswith(ROLE) or module not in base.modules:
             continue
@@ -25,7 +28,7 @@ def frozen(adapter: Adapter, base: Base) -> Iterator[Finding]:
             yield Finding(WARNING, "not-compared", stored.key, "the base's values", about)
         elif here.read() != stored.read():
             want, about = "the base's values, which it repeats", "other values"
-            yield Finding(ERROR, CODE, stored.key, want, about)
+            yield Finding(ERROR, OTHER_WEIGHTS, stored.key, want, about)
 
 
 def _key(module: Module, parameter: str) -> str:
