@@ -103,9 +103,9 @@ def _lost(folder: Folder, held: Mapping[str, Stored]) -> list[Finding]:
         if name not in held
     ]
     added = sorted(held.keys() - set(recorded)) if recorded else []
+    want = "none, as when it was added"
     return found + [
-        Finding(ERROR, "unexpected-tensor", held[name].key, "none, as when it was added", "a tensor")
-        for name in added
+        Finding(ERROR, "unexpected-tensor", held[name].key, want, "a tensor") for name in added
     ]
 
 

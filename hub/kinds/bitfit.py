@@ -1,4 +1,4 @@
-"""BitFit: biases of the base trained alone, and a head.  Ben Zaken et al. 2022, arXiv:2106.10199."""
+"""BitFit: biases of the base trained alone, and a head.  Ben Zaken et al., arXiv:2106.10199."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def turns(entries: Tensor) -> Tensor:
     q = (values - values.mT) / 2
     one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
     rotations = torch.linalg.solve(one + q, one - q, left=False)
-    total = rotations[0]
+    total: Tensor = rotations[0]
     for stage in range(1, len(rotations)):
         total = _spread(rotations[stage], stage) @ _paired(total)
     return total.to(torch.float32)

@@ -86,7 +86,9 @@ def dump(model: Any, seed: int, part: str = "", head: bool = False) -> Tensors:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    def make(tensors: Mapping[str, Tensor], name: str = "model.safetensors", config: Any = None) -> Path:
+    def make(
+        tensors: Mapping[str, Tensor], name: str = "model.safetensors", config: Any = None
+    ) -> Path:
         place = tmp_path / f"adapter{len(list(tmp_path.iterdir()))}"
         place.mkdir()
         if name.endswith(".safetensors"):
@@ -161,7 +163,9 @@ def test_a_dump_alone_is_the_model_that_was_trained(
     assert torch.equal(run(model), before)
 
 
-def test_nested_state_dicts_are_found(models: Callable[[str], Any], write: Callable[..., Path]) -> None:
+def test_nested_state_dicts_are_found(
+    models: Callable[[str], Any], write: Callable[..., Path]
+) -> None:
     model = models("gpt2")
     place = write({}, "pytorch_model.bin")
     tensors = dump(model, 1)
@@ -271,7 +275,8 @@ def test_a_tensor_that_is_not_a_bias_of_the_base_is_named(
     key = "bert.encoder.layer.1.output.dense.bias"
     before = run(model)
     place = write(changed(dump(model, 1), key, how))
-    with pytest.raises(AdapterError, match=key.replace("dense", "dence") if how == "renamed" else key):
+    named = key.replace("dense", "dence") if how == "renamed" else key
+    with pytest.raises(AdapterError, match=named):
         attach(model, [place])
     assert torch.equal(run(model), before)
 
@@ -382,7 +387,10 @@ def test_what_opendelta_says_and_the_file_lacks_is_named(
     [
         {"modified_modules": ["[r](query|output\\.dense)"]},
         {"modified_modules": ["attn", "ff"], "common_structure": True},
-        {"modified_modules": ["attention.self", "output.dense"], "exclude_modules": ["key", "value"]},
+        {
+            "modified_modules": ["attention.self", "output.dense"],
+            "exclude_modules": ["key", "value"],
+        },
     ],
 )
 def test_names_that_are_not_the_bases_ask_for_nothing(

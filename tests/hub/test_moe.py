@@ -104,7 +104,8 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         known = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "peft_version": "0.21.2"} | config
         kept = {name: value for name, value in known.items() if value is not ...}
         (folder / "adapter_config.json").write_text(json.dumps(kept))
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
+        held = {key: value.contiguous() for key, value in tensors.items()}
+        save_file(held, folder / "adapter_model.safetensors")
         return folder
 
     return make
@@ -143,7 +144,8 @@ def single(model: Any, seed: int, rank: int = 2, old: str = "block_sparse_moe") 
     return tensors
 
 
-FUSED = {"target_modules": [], "target_parameters": [GATE_UP, DOWN, ROUTER]}
+PARAMETERS = [GATE_UP, DOWN, ROUTER]
+FUSED = {"target_modules": [], "target_parameters": PARAMETERS}
 SINGLE = {"target_modules": ["w1", "w2", "w3"]}
 
 
@@ -174,7 +176,8 @@ def apply_single(dense: Any, tensors: Tensors, scale: float) -> None:
         delta = tensors[key.replace("lora_A", "lora_B")].double() @ tensors[key].double()
         experts = dense.model.layers[layer].mlp.experts
         half = dense.config.intermediate_size
-        rows = {"w1": experts.gate_up_proj[expert, :half], "w3": experts.gate_up_proj[expert, half:]}
+        both = experts.gate_up_proj[expert]
+        rows = {"w1": both[:half], "w3": both[half:]}
         weight = experts.down_proj[expert] if name == "w2" else rows[name]
         weight += scale * delta
 
@@ -222,7 +225,9 @@ def test_every_token_meets_the_updates_of_its_own_expert(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("parameters", [[GATE_UP, DOWN], [DOWN], [GATE_UP], ["gate_up_proj", "down_proj"]])
+@pytest.mark.parametrize(
+    "parameters", [[GATE_UP, DOWN], [DOWN], [GATE_UP], ["gate_up_proj", "down_proj"]]
+)
 def test_the_logits_are_pefts(family: str, parameters: list[str], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = made(family)
@@ -326,7 +331,7 @@ def test_experts_stay_dense_on_a_quantized_base(
 def rotten(tensors: Tensors, key: str, change: str) -> Tensors:
     value = tensors[key]
     if change == "renamed":
-        return {k: v for k, v in tensors.items() if k != key} | {key.replace("layers", "lairs"): value}
+        return rotten(tensors, key, "missing") | {key.replace("layers", "lairs"): value}
     if change == "missing":
         return {k: v for k, v in tensors.items() if k != key}
     return tensors | {key: value[:-1] if change == "shorter" else value[:, :-1]}
@@ -360,7 +365,7 @@ def test_a_tensor_that_is_renamed_missing_or_reshaped_is_named(
     [
         ({"target_parameters": ...}, "target_parameters does not name"),
         ({"target_parameters": [GATE_UP, ROUTER]}, "experts"),
-        ({"target_parameters": [GATE_UP, DOWN, ROUTER, "mlp.up.weight"]}, "no match for mlp.up.weight"),
+        ({"target_parameters": [*PARAMETERS, "mlp.up.weight"]}, "no match for mlp.up.weight"),
         ({"target_parameters": 3}, "target_parameters is 3"),
         ({"r": 3}, "r = 3 for each expert"),
         ({"use_dora": True}, "magnitude"),
@@ -381,7 +386,7 @@ def test_a_missing_expert_is_named(model: Any, write: Callable[..., Path]) -> No
 
 
 def transposed(tensors: Tensors, experts: int) -> Tensors:
-    """The same updates as PEFT 0.18 wrote them: of (experts, out, in) read as (experts, in, out)."""
+    """The same updates as PEFT 0.18 wrote them: (experts, out, in) read as (experts, in, out)."""
     found = dict(tensors)
     for key in [key for key in tensors if "experts" in key and "lora_A" in key]:
         other = key.replace("lora_A", "lora_B")
