@@ -63,6 +63,7 @@ __all__ = [
     "Average",
     "BatchSplit",
     "Conversion",
+    "Blend",
     "Comparison",
     "Diff",
     "Fidelity",
