@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 import uuid
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.registry import layout
 from adapterkit.registry.archive import LOG, REMOTES, Archive, Entry, Writer
-from adapterkit.registry.blobcheck import Need
 from adapterkit.registry.blobs import Progress
 from adapterkit.registry.catalog import Catalog
 from adapterkit.registry.errors import ConflictError, DamagedError, InvalidError
@@ -19,7 +19,7 @@ from adapterkit.registry.files import storage_errors
 from adapterkit.registry.hashing import CHUNK
 from adapterkit.registry.home import Home
 from adapterkit.registry.log import Log, Place
-from adapterkit.registry.needs import needs, unreadable
+from adapterkit.registry.needs import Needs, unreadable
 from adapterkit.registry.refs import Ref, check_tag
 from adapterkit.registry.strictjson import parse_object
 
@@ -84,9 +84,9 @@ def _write(home: Home, part: Path, progress: Progress) -> tuple[int, int]:
     return n_versions, len(wanted)
 
 
-def _moment(catalog: Catalog) -> tuple[Place, dict[str, Need], int]:
+def _moment(catalog: Catalog) -> tuple[Place, dict[str, int | None], int]:
     with catalog.snapshot():
-        return catalog.place(), needs(catalog), _n_versions(catalog)
+        return catalog.place(), Needs(catalog).sizes, _n_versions(catalog)
 
 
 def _n_versions(catalog: Catalog) -> int:
@@ -94,7 +94,7 @@ def _n_versions(catalog: Catalog) -> int:
     return int(rows[0]["n"])
 
 
-def _add_blobs(home: Home, writer: Writer, wanted: dict[str, Need], progress: Progress) -> None:
+def _add_blobs(home: Home, writer: Writer, wanted: Iterable[str], progress: Progress) -> None:
     bad = []
     for digest in sorted(wanted):
         stamp = home.blobs.stamp(digest)
@@ -107,7 +107,8 @@ def _add_blobs(home: Home, writer: Writer, wanted: dict[str, Need], progress: Pr
             if writer.add(digest, stamp.size, source, progress) != digest:
                 bad.append(digest)
     if bad:
-        affected = sorted({text for digest in bad for text in wanted[digest].by})
+        by = home.read(lambda catalog: [Needs(catalog).by(digest) for digest in bad])
+        affected = sorted({text for texts in by for text in texts})
         raise DamagedError(
             f"{len(bad)} blobs are missing or damaged: {'; '.join(affected[:20])}",
             hint="adapter verify names all of them and how to repair them",
@@ -201,8 +202,9 @@ def _check(home: Home, archive: Archive, log: Path) -> int:
         if catalog.place().offset != home.files.stat(log).st_size:
             raise archive.damaged("holds a log that ends in the middle of a line")
         _check_words(catalog)
-        lost = [d for d, need in needs(catalog).items() if not _has(home, d, need)]
-        lacking = [label for digest in lost for label in needs(catalog)[digest].by]
+        needs = Needs(catalog)
+        lost = [digest for digest, size in needs.sizes.items() if not _has(home, digest, size)]
+        lacking = [label for digest in lost for label in needs.by(digest)]
         lacking += [f"{ref}: {what}" for ref, _, what in unreadable(catalog)]
         if lacking:
             raise archive.damaged(f"lacks {'; '.join(sorted(lacking)[:20])}")
@@ -213,9 +215,9 @@ def _check(home: Home, archive: Archive, log: Path) -> int:
         catalog.close()
 
 
-def _has(home: Home, digest: str, need: Need) -> bool:
+def _has(home: Home, digest: str, size: int | None) -> bool:
     stamp = home.blobs.stamp(digest)
-    return stamp is not None and need.size in (None, stamp.size)
+    return stamp is not None and size in (None, stamp.size)
 
 
 def _check_words(catalog: Catalog) -> None:

@@ -6,14 +6,15 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 from adapterkit.registry import problems
-from adapterkit.registry.blobs import Blobs, Progress, Stamp
+from adapterkit.registry.blobs import Blobs, Progress
 from adapterkit.registry.hashing import CHUNK
 from adapterkit.registry.problems import Problem
 
@@ -21,15 +22,27 @@ _PAIR, _HEX = re.compile(r"[0-9a-f]{2}"), re.compile(r"[0-9a-f]{64}")
 AGAIN = "adapter verify --repair-from REMOTE, or pull or add the same again"
 
 
-@dataclass
-class Need:
-    """What the log says of a blob. size: None where it says none. by: whose it is."""
-
-    size: int | None = None
-    by: list[str] = field(default_factory=list)
+# Files in the hands of the threads that read: enough to keep them busy.
+_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
+class Need:
+    """What the log says of a blob. size: None where it says none. by: whose it is."""
+
+    size: int | None
+    by: tuple[str, ...]
+
+
+class Needed(Protocol):
+    """The same of many: see needs.Needs."""
+
+    @property
+    def sizes(self) -> Mapping[str, int | None]: ...
+    def by(self, digest: str) -> tuple[str, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
     """A blob as it is. digest: of its bytes; error: why they could not be read."""
 
@@ -45,45 +58,37 @@ class Seen:
 
 @dataclass
 class Found:
-    """seen: by name. strange: files that are no blob. closed: what could not be looked into."""
+    """n_blobs, n_bytes: read. lost: names of blobs that are not there with their bytes. strange:
+    files that are no blob. closed: what could not be looked into."""
 
-    seen: dict[str, Seen] = field(default_factory=dict)
+    n_blobs: int = 0
+    n_bytes: int = 0
+    lost: set[str] = field(default_factory=set)
     strange: list[Path] = field(default_factory=list)
     closed: dict[Path, OSError] = field(default_factory=dict)
 
-    @property
-    def n_bytes(self) -> int:
-        return sum(each.size for each in self.seen.values())
 
-
-def look(blobs: Blobs, wanted: Iterable[str] | None, progress: Progress) -> Found:
-    """Read the blobs `wanted`, or all there are. progress: called in several threads."""
-    found = Found()
-    if wanted is None:
-        names = _walk(blobs, found)
-    else:
-        names = [digest for digest in wanted if _there(blobs, digest)]
+def look(blobs: Blobs, names: Sequence[str], progress: Progress) -> Iterator[Seen]:
+    """Read blobs, some at a time. progress: called in several threads."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for seen in pool.map(partial(_see, blobs, progress), names):
-            found.seen[seen.name] = seen
-    return found
+        for start in range(0, len(names), _AT_ONCE):
+            yield from pool.map(partial(_see, blobs, progress), names[start : start + _AT_ONCE])
 
 
-def stored(blobs: Blobs) -> dict[str, Stamp]:
-    """Every blob there is, by its name, unread. Raises OSError."""
+def stored(blobs: Blobs) -> Iterator[str]:
+    """The name of every blob there is. Raises OSError."""
     found = Found()
-    stamps = {name: blobs.stamp(name) for name in _walk(blobs, found)}
+    yield from walk(blobs, found)
     for error in found.closed.values():
         raise error
-    return {name: stamp for name, stamp in stamps.items() if stamp is not None}
 
 
-def _there(blobs: Blobs, digest: str) -> bool:
-    return os.path.lexists(blobs.path(digest))
+def there(blobs: Blobs, digests: Iterable[str]) -> list[str]:
+    return [digest for digest in digests if os.path.lexists(blobs.path(digest))]
 
 
-def _walk(blobs: Blobs, found: Found) -> list[str]:
-    names = []
+def walk(blobs: Blobs, found: Found) -> Iterator[str]:
+    """The name of every blob; what is none goes into `found`."""
     for folder in _children(blobs, blobs.root.parent, found):
         if folder != blobs.root:
             found.strange += _files(blobs, folder, found)
@@ -91,10 +96,9 @@ def _walk(blobs: Blobs, found: Found) -> list[str]:
         for path in _files(blobs, folder, found):
             good = path.parent == folder and _PAIR.fullmatch(folder.name)
             if good and _HEX.fullmatch(path.name) and path.name.startswith(folder.name):
-                names.append(path.name)
+                yield path.name
             else:
                 found.strange.append(path)
-    return names
 
 
 def _children(blobs: Blobs, folder: Path, found: Found) -> list[Path]:
@@ -142,42 +146,49 @@ def see(blobs: Blobs, path: Path, name: str, progress: Progress) -> Seen:
     return Seen(name, size, hasher.hexdigest())
 
 
-def judge(blobs: Blobs, found: Found, needs: Mapping[str, Need]) -> list[Problem]:
-    """What is wrong with blobs."""
-
-    def shown(digest: str) -> str:
-        return blobs.path(digest).relative_to(blobs.root.parent.parent).as_posix()
-
-    faults = [
-        problem
-        for name, seen in found.seen.items()
-        if (problem := _wrong(seen, needs.get(name), shown(name)))
-    ]
+def judge(
+    blobs: Blobs, needs: Needed, found: Found, seen: Iterable[Seen]
+) -> Iterator[Problem]:
+    """What is wrong with blobs, and which of those that are needed are not among `seen`."""
+    missing = set(needs.sizes)
+    for each in seen:
+        found.n_blobs += 1
+        found.n_bytes += each.size
+        missing.discard(each.name)
+        if not each.good and each.name in needs.sizes:
+            found.lost.add(each.name)
+        if problem := _wrong(each, needs, _shown(blobs, each.name)):
+            yield problem
     for path, error in found.closed.items():
         where = path.relative_to(blobs.root.parent.parent).as_posix()
         detail, repair = f"cannot be read: {error.strerror or error}", "make it readable"
-        faults.append(Problem(problems.UNREADABLE, where, detail, (), repair))
-    for digest in sorted(set(needs) - set(found.seen)):
-        affects = tuple(needs[digest].by)
-        faults.append(Problem(problems.MISSING, shown(digest), "is not there", affects, AGAIN))
-    return faults
+        yield Problem(problems.UNREADABLE, where, detail, (), repair)
+    for digest in sorted(missing):
+        found.lost.add(digest)
+        where = _shown(blobs, digest)
+        yield Problem(problems.MISSING, where, "is not there", needs.by(digest), AGAIN)
 
 
-def _wrong(seen: Seen, need: Need | None, where: str) -> Problem | None:
-    affects = tuple(need.by) if need else ()
-    repair = AGAIN if need else "adapter gc removes it"
+def _shown(blobs: Blobs, digest: str) -> str:
+    return blobs.path(digest).relative_to(blobs.root.parent.parent).as_posix()
+
+
+def _wrong(seen: Seen, needs: Needed, where: str) -> Problem | None:
+    needed, size = seen.name in needs.sizes, needs.sizes.get(seen.name)
+    if seen.good and needed and size in (None, seen.size):
+        return None
+    affects = needs.by(seen.name) if needed else ()
+    repair = AGAIN if needed else "adapter gc removes it"
     if seen.error:
         return Problem(problems.UNREADABLE, where, seen.error, affects, repair)
     if not seen.good:
-        short = need is not None and need.size is not None and seen.size < need.size
         detail = f"holds {seen.size} bytes of digest {seen.digest[:12]}"
-        if need is not None and need.size is not None:
-            detail += f", expected {need.size} bytes"
+        if size is not None:
+            detail += f", expected {size} bytes"
+        short = size is not None and seen.size < size
         what = problems.TRUNCATED if short else problems.CHANGED
         return Problem(what, where, detail, affects, repair)
-    if need is None:
+    if not needed:
         return Problem(problems.ORPHAN, where, "nothing refers to it", (), repair)
-    if need.size is not None and need.size != seen.size:
-        detail = f"has {seen.size} bytes, of which the manifest says {need.size}"
-        return Problem(problems.MALFORMED, where, detail, affects, "remove that version")
-    return None
+    detail = f"has {seen.size} bytes, of which the manifest says {size}"
+    return Problem(problems.MALFORMED, where, detail, affects, "remove that version")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from urllib.parse import quote
 
@@ -82,17 +84,16 @@ def differences(disk: Catalog, fresh: Catalog, all_readable: bool) -> list[Probl
     tables = [t for t in _tables(fresh) if all_readable or t not in _FROM_BLOBS]
     found = []
     for table in tables:
-        here, there = _rows(disk, table), _rows(fresh, table)
-        if here != there:
-            n = len(here ^ there)
-            detail = f"{n} rows differ from what the log and the blobs say"
-            found.append(damaged(detail, table, _affected(here ^ there, fresh)))
+        one, two = _marks(disk, table), _marks(fresh, table)
+        if other := one ^ two:
+            detail = f"{len(other)} rows differ from what the log and the blobs say"
+            found.append(damaged(detail, table, _affected(other, table, disk, fresh)))
     return found
 
 
 def _schema(catalog: Catalog) -> object:
     rows = _raw(catalog, "SELECT type, name, tbl_name, sql FROM sqlite_master")
-    return sorted(map(repr, rows)), _raw(catalog, "PRAGMA user_version")
+    return sorted(map(repr, rows)), list(_raw(catalog, "PRAGMA user_version"))
 
 
 def _tables(catalog: Catalog) -> list[str]:
@@ -102,24 +103,32 @@ def _tables(catalog: Catalog) -> list[str]:
     return [n for n in names if not n.startswith(("sqlite_", "search_")) and n != "stamps"]
 
 
-def _rows(catalog: Catalog, table: str) -> set[str]:
-    """As text with types, so that 1 and '1' are two."""
-    query = _FROM_BLOBS.get(table, f"SELECT * FROM {table}")
-    return set(map(repr, _raw(catalog, query)))
+def _marks(catalog: Catalog, table: str) -> set[bytes]:
+    """One per row: of many rows, little is held."""
+    return {mark for mark, _ in _rows(catalog, table)}
 
 
-def _raw(catalog: Catalog, query: str) -> list[tuple[object, ...]]:
+def _rows(catalog: Catalog, table: str) -> Iterator[tuple[bytes, str]]:
+    """Rows as text with types, so that 1, '1' and a blob of it are three; each behind its mark."""
+    for row in _raw(catalog, _FROM_BLOBS.get(table, f"SELECT * FROM {table}")):
+        text = repr(row)
+        yield blake2b(text.encode(), digest_size=16).digest(), text
+
+
+def _raw(catalog: Catalog, query: str) -> Iterator[tuple[object, ...]]:
     connection = catalog.db.conn
     usual: Callable[[bytes], object] = connection.text_factory
-    connection.text_factory = bytes  # what is no UTF-8 any more is a difference, not an error
+    connection.text_factory = bytearray  # no UTF-8 any more is a difference, not an error
     try:
-        return list(connection.execute(query).fetchall())
+        yield from connection.execute(query)
     finally:
         connection.text_factory = usual
 
 
-def _affected(rows: set[str], fresh: Catalog) -> tuple[str, ...]:
-    """The names that are spoken of in rows, as far as they can be told."""
-    known = [row["name"] for row in fresh.rows("SELECT DISTINCT name FROM versions ORDER BY name")]
-    some = sorted(rows)[:50]
-    return tuple(name for name in known[:1000] if any(repr(name.encode()) in row for row in some))
+def _affected(marks: set[bytes], table: str, *catalogs: Catalog) -> tuple[str, ...]:
+    """The names that are spoken of in some of the rows that differ, as far as they can be told."""
+    found = (text for c in catalogs for mark, text in _rows(c, table) if mark in marks)
+    some = list(islice(found, 50))
+    rows = catalogs[-1].rows("SELECT DISTINCT name FROM versions ORDER BY name LIMIT 1000")
+    names = [row["name"] for row in rows]
+    return tuple(name for name in names if any(repr(name.encode())[1:] in row for row in some))

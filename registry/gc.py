@@ -16,7 +16,7 @@ from adapterkit.registry.catalog import Catalog
 from adapterkit.registry.change import Change
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.home import Home
-from adapterkit.registry.needs import needs, removed_since, unreadable
+from adapterkit.registry.needs import Needs, removed_since, unreadable
 from adapterkit.registry.trash import Thrown
 
 # Of leftovers in tmp/ nobody knows whose they are.
@@ -82,19 +82,20 @@ def _plan(home: Home, fresh: Catalog, grace: timedelta) -> Plan:
             hint="adapter verify says how to repair it",
         )
     cutoff = time.time() - grace.total_seconds()
-    needed = set(needs(fresh))
+    needed = Needs(fresh).sizes
     recent = removed_since(fresh, datetime.fromtimestamp(max(cutoff, 0), UTC))
     # The blobs first: whatever is stored by now had its lease taken before.
-    there = blobcheck.stored(home.blobs)
+    names = [name for name in blobcheck.stored(home.blobs) if name not in needed]
     held = leases.held(home.leases.path, home.files)
-    garbage = {digest: stamp for digest, stamp in there.items() if digest not in needed}
+    garbage = {name: stamp for name in names if (stamp := home.blobs.stamp(name)) is not None}
+    kept = held | recent
     thrown = {
         digest: stamp.size
         for digest, stamp in garbage.items()
-        if digest not in held | recent and _is_old(stamp, cutoff)
+        if digest not in kept and _is_old(stamp, cutoff)
     }
     trash = home.trash.contents()
-    revived = {each.digest for each in trash if each.digest in needed - set(there)}
+    revived = {e.digest for e in trash if e.digest in needed and home.blobs.stamp(e.digest) is None}
     deleted = [e for e in trash if e.since <= cutoff and e.digest not in held | revived]
     spared = len(garbage) - len(thrown)
     left = _leftovers(home, min(cutoff, time.time() - _LEFT.total_seconds()))

@@ -2,45 +2,97 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 
-from adapterkit.registry.blobcheck import Need
 from adapterkit.registry.catalog import Catalog
 from adapterkit.registry.refs import Ref
 
 # Manifests and attachments are small, and are kept for versions that were removed too: lineage
 # does not dangle, and the catalog stays a function of log and blobs.
-_MANIFESTS = (
-    "SELECT name, version, removed, id AS digest, NULL AS size, 'manifest' AS label FROM versions"
+_SIZES = (
+    "SELECT DISTINCT id, NULL FROM versions",
+    "SELECT DISTINCT digest, size FROM attachments",
+    "SELECT DISTINCT digest, size FROM files f"
+    " WHERE EXISTS (SELECT 1 FROM versions v WHERE v.id = f.id AND v.removed IS NULL)",
 )
-_ATTACHMENTS = (
-    "SELECT v.name, v.version, v.removed, a.digest, a.size, a.kind || iif(a.name = '', '', '/')"
-    " || a.name AS label FROM attachments a JOIN versions v ON v.id = a.subject"
-)
-_FILES = (
-    "SELECT v.name, v.version, v.removed, f.digest, f.size, f.path AS label"
-    " FROM files f JOIN versions v ON v.id = f.id WHERE v.removed IS NULL"
+_USES = (
+    "SELECT name, version, removed, 'manifest' FROM versions WHERE id = ?",
+    "SELECT v.name, v.version, v.removed, a.kind || iif(a.name = '', '', '/') || a.name"
+    " FROM attachments a JOIN versions v ON v.id = a.subject WHERE a.digest = ?",
+    "SELECT v.name, v.version, v.removed, f.path"
+    " FROM files f JOIN versions v ON v.id = f.id WHERE v.removed IS NULL AND f.digest = ?",
 )
 _SKETCHES = (
-    "SELECT v.name, v.version, m.data FROM manifests m JOIN versions v ON v.id = m.id"
-    " WHERE v.removed IS NULL AND instr(m.data, CAST('\"sketch\"' AS BLOB))"
+    "SELECT substr(json_extract(data, '$.base.sketch.digest'), 8),"
+    " json_extract(data, '$.base.sketch.size'), v.name, v.version FROM"
+    " (SELECT id, CAST(data AS TEXT) AS data FROM manifests WHERE damaged = '') m"
+    " JOIN versions v ON v.id = m.id WHERE v.removed IS NULL AND instr(m.data, '\"sketch\"')"
+)
+_OF_VERSION = (
+    "SELECT id FROM versions WHERE name = :name AND version = :version",
+    "SELECT a.digest FROM attachments a JOIN versions v ON v.id = a.subject"
+    " WHERE v.name = :name AND v.version = :version",
+    "SELECT f.digest FROM files f JOIN versions v ON v.id = f.id"
+    " WHERE v.name = :name AND v.version = :version",
 )
 
 
-def needs(catalog: Catalog) -> dict[str, Need]:
-    """By digest."""
-    found: dict[str, Need] = {}
-    for query in (_MANIFESTS, _ATTACHMENTS, _FILES):
-        for row in catalog.rows(query):
-            need = found.setdefault(row["digest"], Need())
-            need.size = row["size"] if need.size is None else need.size
-            state = " (removed)" if row["removed"] else ""
-            need.by.append(f"{_ref(row['name'], row['version'])}{state}: {row['label']}")
-    for digest, size, by in _sketches(catalog):
-        found.setdefault(digest, Need(size)).by.append(by)
-    return found
+class Needs:
+    """sizes: of every blob that is needed, by its digest; None where the log says none. There are
+    many: whose a blob is is asked when it is wanted, while the catalog is open."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        self.sizes: dict[str, int | None] = {}
+        for query in _SIZES:
+            for digest, size in catalog.db.execute(query):
+                if self.sizes.get(digest) is None:
+                    self.sizes[digest] = size
+        for digest, size, *_ in self._sketched():
+            self.sizes.setdefault(digest, size)
+
+    def by(self, digest: str) -> tuple[str, ...]:
+        """`NAME@VERSION: what it is there`, of all that need it."""
+        found = []
+        for query in _USES:
+            for name, version, removed, label in self.catalog.db.execute(query, [digest]):
+                state = " (removed)" if removed else ""
+                found.append(f"{_ref(name, version)}{state}: {label}")
+        refs = [_ref(*version) for version in self._sketches.get(digest, [])]
+        return (*found, *(f"{ref}: sketch of the base" for ref in refs))
+
+    def of(self, ref: Ref) -> NeedsOfOne:
+        key = {"name": ref.full_name, "version": ref.version}
+        rows = [row for query in _OF_VERSION for row in self.catalog.db.execute(query, key)]
+        found = {digest for (digest,) in rows}
+        found |= {d for d, _, *of in self._sketched() if tuple(of) == tuple(key.values())}
+        sizes = {digest: self.sizes[digest] for digest in sorted(found & self.sizes.keys())}
+        return NeedsOfOne(sizes, {digest: self.by(digest) for digest in sizes})
+
+    def _sketched(self) -> Iterator[tuple[str, int, str, str]]:
+        rows = self.catalog.db.execute(_SKETCHES)
+        return ((digest, *rest) for digest, *rest in rows if digest)
+
+    @cached_property
+    def _sketches(self) -> dict[str, list[tuple[str, str]]]:
+        found: dict[str, list[tuple[str, str]]] = {}
+        for digest, _, *version in self._sketched():
+            found.setdefault(digest, []).append((version[0], version[1]))
+        return found
+
+
+@dataclass(frozen=True)
+class NeedsOfOne:
+    """Those of one version, as Needs has them; the catalog may be closed."""
+
+    sizes: Mapping[str, int | None]
+    uses: Mapping[str, tuple[str, ...]]
+
+    def by(self, digest: str) -> tuple[str, ...]:
+        return self.uses[digest]
 
 
 def unreadable(catalog: Catalog) -> list[tuple[str, str, str]]:
@@ -52,14 +104,6 @@ def unreadable(catalog: Catalog) -> list[tuple[str, str, str]]:
     )
     rows = catalog.rows(query)
     return [(_ref(row["name"], row["version"]), row["id"], row["damaged"]) for row in rows]
-
-
-def _sketches(catalog: Catalog) -> Iterator[tuple[str, int, str]]:
-    for row in catalog.rows(_SKETCHES):
-        sketch = (json.loads(row["data"])["base"] or {}).get("sketch")
-        if sketch is not None:
-            by = f"{_ref(row['name'], row['version'])}: sketch of the base"
-            yield sketch["digest"].removeprefix("sha256:"), sketch["size"], by
 
 
 def _ref(name: str, version: str) -> str:

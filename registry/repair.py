@@ -114,11 +114,11 @@ class _Work:
                 with storage_errors(f"blob {digest[:12]} cannot be brought back"):
                     bring()
                 if self.blobs.intact(digest):
-                    return Mend(digest, tuple(need.by), name)
+                    return Mend(digest, need.by, name)
             except AdapterError as error:
                 text = str(error)
                 reasons.append(text if name in text else f"{name}: {text}")
-        return Mend(digest, tuple(need.by), "", tuple(reasons))
+        return Mend(digest, need.by, "", tuple(reasons))
 
     def _ways(
         self, digest: str, need: Need, found: Examined

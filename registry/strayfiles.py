@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from adapterkit.registry import layout, problems
-from adapterkit.registry.blobcheck import Need, Seen
+from adapterkit.registry.blobcheck import Needed, Seen
 from adapterkit.registry.blobs import Blobs
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.files import Files
@@ -17,18 +17,17 @@ from adapterkit.registry.strictjson import parse_object
 def misnamed(
     blobs: Blobs,
     strange: Iterable[tuple[Path, Seen]],
-    needs: Mapping[str, Need],
+    needs: Needed,
     shown: Callable[[str], str],
 ) -> list[Problem]:
     """Files among the blobs under a name that is none; those that are blobs by their bytes."""
     faults, home = [], blobs.root.parent.parent
     for path, seen in strange:
         where = path.relative_to(home).as_posix()
-        need = needs.get(seen.digest)
-        if need is not None:
+        if seen.digest in needs.sizes:
             lost = blobs.stamp(seen.digest) is None
             repair = f"rename it to {shown(seen.digest)}" if lost else "delete it"
-            detail, affects = f"holds the bytes of {seen.digest[:12]}", tuple(need.by)
+            detail, affects = f"holds the bytes of {seen.digest[:12]}", needs.by(seen.digest)
             faults.append(Problem(problems.MISNAMED, where, detail, affects, repair))
         else:
             detail = f"is no blob: {seen.error}" if seen.error else "is no blob's name"

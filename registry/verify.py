@@ -16,7 +16,7 @@ from adapterkit.registry.files import Files, storage_errors
 from adapterkit.registry.home import Home
 from adapterkit.registry.log import Log
 from adapterkit.registry.logcheck import LogState, scan
-from adapterkit.registry.needs import needs, unreadable
+from adapterkit.registry.needs import Needs, unreadable
 from adapterkit.registry.problems import Health, Problem
 from adapterkit.registry.refs import Ref
 from adapterkit.registry.strayfiles import leftovers, misnamed
@@ -52,20 +52,18 @@ def examine(home: Path, files: Files, progress: Progress) -> Examined:
 
 def verify_version(home: Home, ref: Ref, progress: Progress | None = None) -> Health:
     """Read the blobs of one version."""
-    needed = {
-        digest: need
-        for digest, need in home.read(needs).items()
-        if any(by.startswith(f"{ref}: ") for by in need.by)
-    }
-    found = blobcheck.look(home.blobs, needed, progress or _silent)
-    faults = blobcheck.judge(home.blobs, found, needed)
-    return problems.health(faults, len(found.seen), found.n_bytes, 0)
+    needs, found = home.read(lambda catalog: Needs(catalog).of(ref)), Found()
+    there = blobcheck.there(home.blobs, needs.sizes)
+    seen = blobcheck.look(home.blobs, there, progress or _silent)
+    faults = list(blobcheck.judge(home.blobs, needs, found, seen))
+    return problems.health(faults, found.n_blobs, found.n_bytes, 0)
 
 
 def to_read(home: Path) -> int:
     """Bytes that verify will read, for a progress bar."""
     blobs = Blobs(home / "blobs", home / "tmp", Files())
-    return sum(stamp.size for stamp in blobcheck.stored(blobs).values())
+    stamps = (blobs.stamp(name) for name in blobcheck.walk(blobs, Found()))
+    return sum(stamp.size for stamp in stamps if stamp is not None)
 
 
 def _silent(size: int) -> None:
@@ -96,15 +94,16 @@ class _Check:
                 self._lost_lines(state, disk)
             self._lines(state, disk)
             self._fill(fresh, state, disk)
+            needs = Needs(fresh if not state.faults or disk is None else disk)
             if disk is not None and not state.faults:
-                self._compare(state, disk, fresh)
-            found = self._blobs(state, fresh if not state.faults or disk is None else disk)
+                self._compare(state, disk, fresh, needs)
+            found = self._blobs(state, needs)
         finally:
             for catalog in (disk, fresh):
                 if catalog is not None:
                     catalog.close()
         self.faults += leftovers(self.home, self.files)
-        return problems.health(self.faults, len(found.seen), found.n_bytes, state.n_good)
+        return problems.health(self.faults, found.n_blobs, found.n_bytes, state.n_good)
 
     def _add(self, what: str, where: str, detail: str, repair: str) -> None:
         self.faults.append(Problem(what, where, detail, (), repair))
@@ -198,7 +197,7 @@ class _Check:
 
         return read
 
-    def _compare(self, state: LogState, disk: Catalog, fresh: Catalog) -> None:
+    def _compare(self, state: LogState, disk: Catalog, fresh: Catalog, needs: Needs) -> None:
         """To be behind the log is no fault: the copy follows it first."""
         try:
             if not self.log.holds(disk.place()):
@@ -206,24 +205,22 @@ class _Check:
                 return
             with disk.transaction():
                 disk.catch_up(self.log, self._reader(disk), state.end.offset)
-            readable = not self.failed & set(needs(fresh))
+            readable = not self.failed & needs.sizes.keys()
             self.faults += catalogcheck.differences(disk, fresh, readable)
         except (*catalogcheck.UNREADABLE, AdapterError) as error:
             self.faults.append(catalogcheck.damaged(f"cannot be read: {error}"))
 
-    def _blobs(self, state: LogState, catalog: Catalog) -> Found:
-        wanted = needs(catalog)
-        known = not state.faults and not unreadable(catalog)
-        found = blobcheck.look(self.blobs, None, self.progress)
-        faults = blobcheck.judge(self.blobs, found, wanted)
-        strange = [(path, see(self.blobs, path, "", _silent)) for path in found.strange]
-        good = {name for name, seen in found.seen.items() if seen.good}
-        self.lost = {digest: need for digest, need in wanted.items() if digest not in good}
-        self.astray = {seen.digest: path for path, seen in strange if seen.digest in wanted}
+    def _blobs(self, state: LogState, needs: Needs) -> Found:
+        known, found = not state.faults and not unreadable(needs.catalog), Found()
+        seen = blobcheck.look(self.blobs, list(blobcheck.walk(self.blobs, found)), self.progress)
+        faults = list(blobcheck.judge(self.blobs, needs, found, seen))
         # Where it is not known what is needed, nothing can be said to be needed by nobody.
         self.faults += [f for f in faults if known or f.what != problems.ORPHAN]
-        self.faults += self._malformed(catalog)
-        self.faults += misnamed(self.blobs, strange, wanted, self._shown)
+        self.faults += self._malformed(needs.catalog)
+        strange = [(path, see(self.blobs, path, "", _silent)) for path in found.strange]
+        self.faults += misnamed(self.blobs, strange, needs, self._shown)
+        self.lost = {d: Need(needs.sizes[d], needs.by(d)) for d in sorted(found.lost)}
+        self.astray = {seen.digest: path for path, seen in strange if seen.digest in needs.sizes}
         return found
 
     def _malformed(self, catalog: Catalog) -> Iterator[Problem]:
