@@ -27,6 +27,20 @@ ALWAYS = (  # the main path, and what the tests of attach need: larger than othe
     "llama.lora_legacy",
     "llama.moslora_v03",
     "gpt2.lora_loralib",
+    "bert.ah_double_seq_bn",
+    "bert.ah_bn_gating",
+    "bert.ah_compacter",
+    "bert.ah_compacter_pp",
+    "bert.ah_seq_bn_inv",
+    "gpt2.ah_par_bn",
+    "llama.ah_par_bn",
+    "llama.bottleneck_llm_adapters",
+    "llama.bottleneck_llm_adapters_parallel",
+    "llama.lora_all_linear",
+    "llama.ia3",
+    "bert.ah_stack",
+    "bert.ah_fuse",
+    "bert.ah_stack_lora",
 )
 WHOLE = ("bases", "inputs", "expected_base", "bad.tar.gz")
 FAMILY = {

@@ -217,7 +217,7 @@ def test_the_layer_is_what_its_modules_give_by_hand(family: str, wiring: Wiring)
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for name, module in (("attention", layer.get_submodule(attention)), ("layer", layer)):
-            stack.enter_context(noted(module, name, seen))
+            stack.enter_context(Noted(module, name, seen))
         outputs(model)
         attention_output, plain = seen["attention"], seen["layer"]
         part = switched(model, lowered)
@@ -230,7 +230,7 @@ def test_the_layer_is_what_its_modules_give_by_hand(family: str, wiring: Wiring)
     assert (seen["layer"] - plain).abs().max() > 0.01
 
 
-class noted:
+class Noted:
     """Notes a module's first input and its output."""
 
     def __init__(self, module: nn.Module, name: str, seen: dict[str, Tensor]) -> None:
