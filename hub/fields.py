@@ -8,6 +8,34 @@ from typing import Any, Self
 
 from adapterkit.hub.matching import Patterns, Targets
 
+# What the roles of a head's layers start with.
+HEAD = "replace.head."
+
+
+@dataclass(frozen=True)
+class Seat:
+    """leaf: the module whose place the last layer takes. module: whose output becomes the head's.
+    first: it gets the whole sequence, of which its first token counts. pooler: what it gets comes
+    from there, and is the first token of what that gets where the head wants none of it."""
+
+    leaf: str
+    module: str
+    first: bool = False
+    pooler: str = ""
+
+
+@dataclass(frozen=True)
+class HeadFields:
+    """A head of an adapter's own. seat: where it stands. bias: of its last layer. act: between its
+    layers. pools: it gets what a pooler gives, where there is one."""
+
+    seat: Seat
+    labels: int
+    layers: int = 1
+    act: str | None = None
+    bias: bool = True
+    pools: bool = True
+
 
 @dataclass(frozen=True)
 class ReplacedFields:
@@ -16,11 +44,13 @@ class ReplacedFields:
     bias: "none", "all" or "lora_only": which biases of the base the file replaces.
     tokens: module suffix -> rows of its table that are replaced; "" is the input embedding.
     tie: what happens to the input embedding happens to a tied head as well.
+    head: of several layers, in place of the base's.
     """
 
     bias: str = "none"
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tie: bool = False
+    head: HeadFields | None = None
 
 
 @dataclass(frozen=True)
@@ -30,7 +60,8 @@ class LoraFields:
     ranks, alphas: per module of the file, after `rank_pattern` and `alpha_pattern`;
     rank, alpha: for every other. rslora: scaling alpha / sqrt(r), Kalajdzievski 2023,
     arXiv:2312.03732. dora: Liu et al. 2024, arXiv:2402.09353. lora_bias: B has a bias.
-    transposed_experts: factors of fused parameters may be those of the transpose.
+    transposed_experts: factors of fused parameters may be those of the transpose. start: "pissa" or
+    "olora" if as much was taken out of the base before training, "" if nothing was.
     """
 
     rank: int
@@ -41,6 +72,7 @@ class LoraFields:
     dora: bool = False
     lora_bias: bool = False
     transposed_experts: bool = False
+    start: str = ""
     replaced: ReplacedFields = ReplacedFields()
 
     @classmethod

@@ -10,13 +10,14 @@ from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import EMBEDDING, Base, Module
 from adapterkit.hub.bases.modules import WIDTH_KEYS
 from adapterkit.hub.bases.spelling import spelled
-from adapterkit.hub.findings import ERROR, WARNING, Finding, clean
+from adapterkit.hub.fields import HEAD, LoraFields
+from adapterkit.hub.findings import ERROR, UNSUPPORTED, WARNING, Finding, clean
 from adapterkit.hub.frozen import frozen
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.kinds import schema_of
 from adapterkit.hub.kinds.base import Expected
 from adapterkit.hub.rooting import rooted
-from adapterkit.hub.task import doubt
+from adapterkit.hub.task import doubt, serves
 
 # role -> the axis of its tensor that counts tokens, for a module with a row for each token
 VOCABULARY = {
@@ -33,6 +34,9 @@ VOCABULARY = {
 RANK = {
     "A": 0, "B": 1, "embedding_A": 0, "embedding_B": 1, "experts_A": 0, "experts_B": 1,
 }  # fmt: skip
+
+# Roles of a head's own weight.
+OWN_HEAD = ("replace.weight", HEAD)
 
 # Code of the doubt that the adapter names another base than the one it is held against.
 OTHER_NAME = "other-base-name"
@@ -62,7 +66,7 @@ def fit(adapter: Adapter, base: Base) -> list[Finding]:
             or _own_head(base, module, role, stored, expected)
         ):
             findings.append(_misshapen(base, base.modules[module], role, stored, expected))
-    findings += frozen(adapter, base)
+    findings += [*frozen(adapter, base), *_misplaced_head(adapter, base)]
     return findings + _untrained_heads(adapter, base) + _made_for(adapter, base)
 
 
@@ -88,8 +92,18 @@ def _untrained_heads(adapter: Adapter, base: Base) -> list[Finding]:
             WARNING, "untrained-head", name, "weights in the base or the adapter", "neither has any"
         )
         for name, module in base.modules.items()
-        if _is_created(base, module) and (name, "replace.weight") not in adapter.tensors
+        if _is_created(base, module)
+        and not any(m == name and role.startswith(OWN_HEAD) for m, role in adapter.tensors)
     ]
+
+
+def _misplaced_head(adapter: Adapter, base: Base) -> list[Finding]:
+    """A head of several layers stands where that of its task does, in a class that has one."""
+    replaced = getattr(adapter.fields, "replaced", None)  # a fusion has no head
+    if replaced is None or replaced.head is None or serves(base.architecture, adapter.task):
+        return []
+    want = f"a model for {adapter.task}"
+    return [Finding(ERROR, "no-place-for-head", "the head", want, base.architecture)]
 
 
 def _missing(
@@ -191,11 +205,21 @@ def _is_said(named: set[str], role: str, stored: Stored, expected: Expected) -> 
 
 def _made_for(adapter: Adapter, base: Base) -> list[Finding]:
     """What the adapter says about its base, compared with this one: doubts, not proof."""
-    findings = list(_other_model(adapter, base))
+    findings = [*_other_model(adapter, base), *_start(adapter, base)]
     if adapter.base_name and not _same_name(adapter.base_name, base.name):
         made, here = clean(adapter.base_name), clean(base.name)
         findings.append(Finding(WARNING, OTHER_NAME, "base_model_name_or_path", made, here))
     return findings + doubt(adapter, base)
+
+
+def _start(adapter: Adapter, base: Base) -> list[Finding]:
+    """Whether the base is one that the adapter took its start out of."""
+    start = adapter.fields.start if isinstance(adapter.fields, LoraFields) else ""
+    method = base.quantization.method
+    if not start or method == "none":
+        return []
+    want, about = "a base that is not quantized", f"{method}, whose weights are other ones"
+    return [Finding(ERROR, UNSUPPORTED, "init_lora_weights", want, about)]
 
 
 def _other_model(adapter: Adapter, base: Base) -> Iterator[Finding]:

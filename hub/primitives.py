@@ -198,8 +198,24 @@ class Intervention:
     subtracts: bool = True
 
 
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Linear layers in place of the module's output, `act` between them; first: on the first token
+    of what it gets.  weights (n_out, n_in) and biases (n_out) in order; not to be mixed."""
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    act: str | None = None
+    first: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class FirstToken:
+    """The first token of the module's input in place of its output."""
+
+
 Additive = LowRank | RowScale | BiasShift | DenseDelta | Replace
 Gain = OutputGain | InputGain | InputRotation
 Context = PrefixKV | VirtualTokens
 Layer = Bottleneck | Coupling | Fusion
-Primitive = Additive | Gain | GatedLowRank | Layer | Context | Intervention
+Primitive = Additive | Gain | GatedLowRank | Layer | Context | Intervention | Head | FirstToken

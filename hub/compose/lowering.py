@@ -253,8 +253,14 @@ def _placed(primitive: Primitive, spot: Spot, dtype: torch.dtype | None) -> Prim
     if isinstance(primitive, InputRotation):
         return InputRotation(primitive.R.to(device, dtype or torch.float32))
     held = {field.name: getattr(primitive, field.name) for field in fields(primitive)}
-    moved: dict[str, Any] = {n: v.to(device) for n, v in held.items() if isinstance(v, Tensor)}
+    moved: dict[str, Any] = {name: _moved(value, device) for name, value in held.items()}
     return replace(primitive, **moved)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(each, device) for each in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _kept(primitive: LowRank, device: torch.device) -> LowRank:

@@ -71,6 +71,8 @@ def read(
     targets = replace(row.targets(reader, outer, paths), saved=head.modules)
     fields = row.fields(reader, outer, paths)
     reader.done()
+    if head.fields is not None:
+        fields = replace(fields, replaced=replace(fields.replaced, head=head.fields))
     names, unknown = _unknown(config, method, row, allow_fields)
     findings = [*weights.findings, *_refusals(method, row, outer), *unknown, *head.findings]
     return Adapter(

@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapterkit.hub.fields import HEAD, HeadFields
 from adapterkit.hub.findings import ERROR, INFO, Finding, clean
+from adapterkit.hub.formats.adapterhub_flexible import read_flexible
+from adapterkit.hub.formats.adapterhub_flexible import task_of as flexible_task
 from adapterkit.hub.formats.adapterhub_keys import Keys
 from adapterkit.hub.formats.adapterhub_type import Outer, Place
-from adapterkit.hub.formats.config import ConfigReader, unsupported
+from adapterkit.hub.formats.config import ConfigReader
 from adapterkit.hub.formats.files import weights_of
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.sources import Folder, read_object
@@ -33,17 +36,18 @@ SHARED_BIAS = {
 @dataclass(frozen=True)
 class Head:
     """tensors: places in the base. modules: those it replaces. files: path -> role of those it was
-    read from. task: what models of its class do."""
+    read from. task: what models of its class do. fields: what is made of a flexible one."""
 
     tensors: Mapping[Place, Stored] = field(default_factory=dict)
     strays: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     task: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    fields: HeadFields | None = None
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return tuple(sorted({module for module, _ in self.tensors}))
+        return tuple(sorted({m for m, role in self.tensors if not role.startswith(HEAD)}))
 
 
 def read_head(folder: Folder, outer: Outer) -> Head:
@@ -52,6 +56,7 @@ def read_head(folder: Folder, outer: Outer) -> Head:
         return Head(task=task_of(outer.model_class))
     weights = weights_of(folder, WEIGHTS)
     model_class, findings = outer.model_class, list(weights.findings)
+    config: Mapping[str, Any] = {}
     files = {weights.path: "head"}
     if CONFIG in folder.files:
         where = f"{folder.name}/{CONFIG}"
@@ -60,18 +65,31 @@ def read_head(folder: Folder, outer: Outer) -> Head:
         findings += said
         files[CONFIG] = "head-config"
     tensors = weights.header.tensors
-    flexible = [key for key in tensors if key.startswith(FLEXIBLE)]
-    if flexible:
-        why = f"layers of a head of {clean(str(model_class))}, which transformers does not have"
-        findings += [unsupported(key, why) for key in flexible]
+    flexible = {key: t for key, t in tensors.items() if key.startswith(FLEXIBLE)}
     keys = _keys({key: t for key, t in tensors.items() if key not in flexible})
+    own, fields, task = _flexible(flexible, config, folder.name, outer)
     return Head(
-        keys.tensors,
-        (*flexible, *keys.strays),
-        (*findings, *keys.findings),
-        task_of(model_class),
+        {**keys.tensors, **own.tensors},
+        (*own.strays, *keys.strays),
+        (*findings, *own.findings, *keys.findings),
+        task or task_of(model_class),
         files,
+        fields,
     )
+
+
+def _flexible(
+    tensors: Mapping[str, Stored], config: Mapping[str, Any], name: str, outer: Outer
+) -> tuple[Keys, HeadFields | None, str | None]:
+    """Its tensors, what is made of them, and the task it is for."""
+    if not tensors:
+        return Keys(), None, None
+    inner = config.get("config")
+    reader = ConfigReader(inner if isinstance(inner, dict) else {}, f"{name}/{CONFIG}")
+    own = config.get("name")
+    found, fields = read_flexible(tensors, reader, outer, own if isinstance(own, str) else "")
+    reader.done()
+    return found, fields, flexible_task(reader)
 
 
 def task_of(model_class: str | None) -> str | None:

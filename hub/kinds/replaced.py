@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import CONV1D, EMBEDDING, LINEAR, Module
-from adapterkit.hub.fields import ReplacedFields
+from adapterkit.hub.fields import HEAD, ReplacedFields
 from adapterkit.hub.findings import ERROR, WARNING, Finding
+from adapterkit.hub.kinds import heads
 from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site
 from adapterkit.hub.primitives import Replace
 
@@ -36,6 +37,8 @@ def schema(
         for name in selected:
             tensors |= _bias(modules[name])
     tensors |= _tables(adapter, modules)
+    if fields.head is not None:
+        tensors |= heads.schema(fields.head, modules)
     rows, findings = _rows(adapter, fields, modules)
     return Schema(tensors | rows, tuple(findings + _absent(adapter, modules)))
 
@@ -163,8 +166,10 @@ def lower(fields: ReplacedFields, site: Site, p: Mapping[str, Tensor]) -> Lowere
     for role in p:
         if role in WHOLE:
             whole = p[role]
-        elif role.startswith("replace."):
+        elif role.startswith("replace.") and not role.startswith(HEAD):
             yield name, Replace(p[role], role.removeprefix("replace."))
+    if fields.head is not None and any(role.startswith(HEAD) for role in p):
+        yield from heads.lower(fields.head, p)
     rows = next((rows for entry, rows in fields.tokens.items() if belongs(name, entry)), ())
     if whole is not None:
         new = _with_rows(whole, rows, p["tokens"]) if "tokens" in p else whole

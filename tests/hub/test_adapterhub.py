@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -574,3 +575,97 @@ def test_half_a_head_is_an_error(plain: P, tmp_path: Path) -> None:
     (folder / "model_head.safetensors").unlink()
     with pytest.raises(NotFoundError, match=r"model_head\.safetensors is missing"):
         read_adapter(locate(folder))
+
+
+FLEXIBLE = {
+    "head_type": "classification", "num_labels": 5, "layers": 2, "activation_function": "tanh",
+    "use_pooler": False, "bias": True, "dropout_prob": None, "label2id": {"A": 0},
+}  # fmt: skip
+
+
+def flexible(folder: Path, tensors: P, **config: Any) -> Path:
+    return with_head(
+        folder, tensors, config=FLEXIBLE | config, name="task", model_class="BertAdapterModel"
+    )
+
+
+TWO = {
+    "heads.task.1.weight": (16, 16), "heads.task.1.bias": (16,), "heads.task.4.weight": (5, 16),
+    "heads.task.4.bias": (5,),
+}  # fmt: skip
+ONE = {"heads.task.1.weight": (5, 16)}
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_flexible_head_stands_in_place_of_the_models(
+    bert: Any, plain: P, tmp_path: Path, layers: int, pooled: bool
+) -> None:
+    """Of other layers and labels than the model's own; on the first token, or what pools it."""
+    head = randoms(TWO if layers == 2 else ONE, 1)
+    config = {"layers": layers, "use_pooler": pooled, "bias": layers == 2}
+    folder = flexible(write(tmp_path / "a", plain), head, **config)
+    x = torch.arange(8).reshape(2, 4)
+    with torch.no_grad():
+        before = bert(x).logits
+        with attach(bert, write(tmp_path / "b", plain)):
+            body = bert.bert(x)
+        with attach(bert, {"a": folder}) as adapters:
+            found = bert(x).logits
+            bound = {row.tensor: row.primitive for row in adapters.report["a"]}
+        assert torch.equal(bert(x).logits, before)
+    want = body.pooler_output if pooled else body.last_hidden_state[:, 0]
+    if layers == 2:
+        want = (want @ head["heads.task.1.weight"].mT + head["heads.task.1.bias"]).tanh()
+        want = want @ head["heads.task.4.weight"].mT + head["heads.task.4.bias"]
+    else:
+        want = want @ head["heads.task.1.weight"].mT
+    torch.testing.assert_close(found, want)
+    assert all("Head" in bound[key] for key in head)
+
+
+def test_a_flexible_head_takes_weight_1_from_one_adapter(
+    bert: Any, plain: P, tmp_path: Path
+) -> None:
+    folders = {name: flexible(write(tmp_path / name, plain), randoms(TWO, 1)) for name in "ab"}
+    folders["c"] = with_head(write(tmp_path / "c", plain), randoms(HEAD, 1))
+    with attach(bert, {"a": folders["a"]}) as adapters:
+        for name in "bc":
+            adapters.add(name, folders[name])
+            with pytest.raises(AdapterError, match=rf"found a=1, {name}=1"):
+                adapters.activate(["a", name])
+        with pytest.raises(AdapterError, match=r"found a=0\.5"):
+            adapters.activate({"a": 0.5})
+        adapters.activate({"a": 1, "b": 0})
+
+
+def test_a_flexible_head_needs_a_model_for_its_task(bert: Any, plain: P, tmp_path: Path) -> None:
+    folder = flexible(write(tmp_path / "a", plain), randoms(TWO, 1))
+    with pytest.raises(MismatchError, match=r"heads\.task\.1\.weight"):
+        attach(bert.bert, folder)
+    tagging = flexible(write(tmp_path / "b", plain), randoms(TWO, 1), head_type="tagging")
+    with pytest.raises(MismatchError, match="no-place-for-head"):
+        attach(bert, tagging)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "message"),
+    [
+        (TWO, {"head_type": "dependency_parsing"}, "dependency_parsing"),
+        (TWO, {"layers": 3}, "missing-tensor"),
+        (TWO, {"num_labels": 4}, "shape-mismatch"),
+        (TWO, {"layers": 1}, "unexpected-tensor"),
+        (TWO, {"bias": False}, "heads.task.4.bias"),
+        (TWO, {"activation_function": None}, r"heads\.task\.4\.weight"),
+        (TWO, {"new_field": 1}, "new_field"),
+        (TWO | {"heads.other.1.bias": (3,)}, {}, r"heads\.other\.1\.bias"),
+        (TWO, {"layers": "2"}, "layers is '2'"),
+        (TWO, {"activation_function": "exec"}, "activation_function"),
+    ],
+)
+def test_what_is_wrong_with_a_flexible_head_is_named(
+    base: Path, plain: P, tmp_path: Path, tensors: dict[str, Any], config: Any, message: str
+) -> None:
+    folder = flexible(write(tmp_path / "a", plain), randoms(tensors, 1), **config)
+    text = errors(folder, base)
+    assert re.search(message, text), text

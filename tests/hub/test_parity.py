@@ -34,7 +34,6 @@ BY_FORMAT = {
     "llm-adapters": "BOTTLENECK",
 }
 BY_KIND = {
-    "lora_moe": "target_parameters|no match",
     "lora_alora": "alora_invocation_tokens",
     "lora_layer_replication": "layer_replication",
     "lora_pissa": "init_lora_weights 'pissa'",
@@ -48,8 +47,9 @@ READ = {
     "mlx-lm",
     "prefixtuning-li-liang",
     "thudm-p-tuning-v1",
-    "thudm-p-tuning-v2",
-}
+    "thudm-p-tuning-v2", "bitfit-safetensors", "bitfit-bin", "bitfit-opendelta"}
+# The model of transformers on which a head of adapters' own class stands in place of the model's.
+CLASSES = {"adapters.AutoAdapterModel": "AutoModelForSequenceClassification"}
 PEFTS = {"peft", "moslora-v0.3", "moslora-v0.10"}
 
 
@@ -121,7 +121,7 @@ def model_of(base: str, load: str) -> Any:
         extra["quantization_config"] = transformers.BitsAndBytesConfig(**settings["quantization"])
         extra["device_map"] = settings.get("device_map")
     dtype = getattr(torch, settings["dtype"])
-    loader = getattr(transformers, settings["class"], transformers.AutoModel)
+    loader = getattr(transformers, CLASSES.get(settings["class"], settings["class"]))
     return loader.from_pretrained(DATA / base, dtype=dtype, **extra).eval()
 
 
