@@ -8,9 +8,9 @@ import click
 
 from adapterkit.cli.app import App, pass_app
 from adapterkit.cli.convert import deliver, record, target, tell
-from adapterkit.cli.output import emit, say
+from adapterkit.cli.output import count, emit, say
 from adapterkit.registry.errors import DamagedError, InvalidError
-from adapterkit.registry.refs import split_weight
+from adapterkit.registry.refs import PathSource, Ref, split_weight
 
 
 def _rank(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
@@ -84,12 +84,16 @@ def _shares(
     "-o", "--output", metavar="NAME[@VERSION]|DIR",
     help="Store it under NAME, or write it into the new folder ./DIR.",
 )  # fmt: skip
+@click.option(
+    "--as", "form", type=click.Choice(["adapter", "recipe"]), default="adapter", show_default=True,
+    help="A recipe keeps any kinds, exactly, by reference; SRC are versions.",
+)  # fmt: skip
 @click.option("--verify", metavar="REF", help="Make REF again from its recipe, and compare.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pass_app
 def command(
     app: App, /, sources: tuple[str, ...], output: str | None, verify: str | None, base: str | None,
-    as_json: bool, at: dict[str, list[float]], **settings: Any,
+    form: str, as_json: bool, at: dict[str, list[float]], **settings: Any,
 ) -> None:  # fmt: skip
     """Blend adapters into one.
 
@@ -114,17 +118,45 @@ def command(
         return
     if not sources or output is None:
         raise InvalidError("give the adapters to blend, and -o NAME or -o ./FOLDER")
+    place = target(output)
+    chosen = {name: value for name, value in settings.items() if value not in (None, ())}
+    given = [(source, 1.0 if w is None else w) for source, w in map(split_weight, sources)]
+    if form == "recipe":
+        extra = at or base or chosen.keys() - {"method"}
+        _keep(app, given, place, extra, chosen["method"], as_json)
+        return
     from adapterkit.hub.mixing.blend import blend
 
-    place = target(output)
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    given = [(source, 1.0 if w is None else w) for source, w in map(split_weight, sources)]
     made = blend(given, base=base, registry=app.registry, at=at, **chosen)
     done = deliver(app, made, place)
     if as_json:
         emit(done | record(made) | {"dora": made.dora})
     else:
         tell(app, made, done)
+
+
+def _keep(
+    app: App, given: list[tuple[str, float]], place: Ref | PathSource, extra: object, method: str,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """The sum as a recipe."""
+    if extra or method != "sum":
+        raise InvalidError("a recipe is the plain sum of its parts: it takes weights and -o only")
+    from adapterkit.hub.mixing.kept import as_recipe, made_of, store
+
+    recipe = as_recipe(given, app.registry)
+    done: dict[str, Any] = {"folder": None, "ref": None, "id": None}
+    if isinstance(place, PathSource):
+        done["folder"] = str(made_of(recipe).save(place.path))
+    else:
+        added = store(recipe, app.registry, place.full_name, place.version)
+        done |= {"ref": str(added.ref), "id": f"sha256:{added.id}"}
+    if as_json:
+        emit(done | {"recipe": recipe.record()})
+        return
+    say(f"{done['ref'] or done['folder']}: a recipe of {count(len(recipe.parts), 'part')}")
+    for part in recipe.parts:
+        say(f"  {part.weight:g} {part.label}")
 
 
 def _verify(

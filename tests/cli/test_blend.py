@@ -78,6 +78,20 @@ def test_what_is_wrong_is_a_usage_error_that_says_so(run, two, tmp_path):
     run("blend", "never", "-o", "mix", code=3)
 
 
+def test_a_recipe_keeps_what_no_adapter_carries(run, run_json, two, fixtures, llama, tmp_path):
+    run("add", fixtures / "adapters/llama_prefix1", "style", "--base", llama)
+    run("blend", "a=0.5", "style", "-o", "mix", code=2)
+    shown = run("blend", "a=0.5", "style", "--as", "recipe", "-o", "mix").stdout
+    assert shown == "mix@1.0: a recipe of 2 parts\n  0.5 a@1.0\n  1 style@1.0\n"
+    assert run_json("show", "mix")["manifest"]["adapter"]["kind"] == "recipe"
+    run("blend", "a", "b", "--as", "recipe", "-o", tmp_path / "x")
+    run("add", tmp_path / "x", "again")
+    run("blend", "a", "a", "--as", "recipe", "-o", "no", code=4)
+    run("blend", "a", fixtures / "adapters/llama_B", "--as", "recipe", "-o", "no", code=2)
+    run("blend", "a", "b", "--as", "recipe", "--rank", "4", "-o", "no", code=2)
+    run("blend", "a", "b", "--as", "recipe", "-m", "svd", "-o", "no", code=2)
+
+
 def test_weights_per_module(run, two, tmp_path):
     run("blend", "a=1", "b=1", "--at", r"layers\.0=1,0", "-o", tmp_path / "x")
     config = json.loads((tmp_path / "x/adapter_config.json").read_text())
