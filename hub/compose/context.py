@@ -18,21 +18,18 @@ from transformers import DynamicCache, PreTrainedModel
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import caches, inputs, outputs
 from adapterkit.hub.compose.admit import Options
-from adapterkit.hub.compose.gates import Gates
 from adapterkit.hub.compose.inputs import Call
 from adapterkit.hub.compose.lowering import Lowered
+from adapterkit.hub.compose.sides import Sides, has_bias
 from adapterkit.hub.compose.standing import Standing, standing
 from adapterkit.hub.compose.swap import Forward, Swap
 from adapterkit.hub.compose.twostacks import TwoStacks
-from adapterkit.registry.errors import InvalidError, MismatchError
+from adapterkit.registry.errors import MismatchError
 
 CACHE, FLAGS, MASK, POSITIONS = "past_key_values", "block_flag", "attention_mask", "position_ids"
 EMBEDS, LENGTH = "inputs_embeds", "past_key_values_length"
-IGNORED = -100
 # Ends of the classes that label a sequence as a whole.
 WHOLE = ("ForSequenceClassification", "ForMultipleChoice")
-# Families whose positions follow from the mask.
-BY_MASK = {"bloom"}
 
 
 class Context:
@@ -40,10 +37,11 @@ class Context:
 
     def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
         self._model: Any = model
+        self._base = base
         self._keep = options.virtual_outputs
         self._standing: Standing | None = None
         self._swaps: list[Swap] = []
-        self._gates = Gates(model)
+        self._sides = Sides(model)
         self._flags: object = None
         self._starts = False  # whether the forward that runs is the first of its sequence
         self._entered = False  # whether the body took part in it
@@ -51,7 +49,7 @@ class Context:
     def plan(
         self, active: Mapping[str, float], lowered: Mapping[str, Lowered]
     ) -> Callable[[], None]:
-        found = standing(self._model, active, lowered)
+        found = standing(self._model, self._base, active, lowered)
         if found is not None:
             self._require_possible(found)
             if not self._swaps:
@@ -66,14 +64,13 @@ class Context:
 
     def _switch(self, found: Standing | None) -> None:
         self._standing = found
-        self._gates.switch(found.gates if found is not None else {})
+        self._sides.switch(found)
 
     @property
     def _body(self) -> Any:
         """What the model puts its head on: in some families the only stack of a pair."""
         body = self._model.base_model
-        pair = bool(self._model.config.is_encoder_decoder)
-        return body if pair else getattr(body, "decoder", body)
+        return body if self._is_pair else getattr(body, "decoder", body)
 
     @property
     def _names(self) -> set[str]:
@@ -87,23 +84,23 @@ class Context:
     def _require_possible(self, found: Standing) -> None:
         if not isinstance(self._model, PreTrainedModel):
             raise MismatchError("prefixes and virtual tokens need a model of transformers")
-        config, body = self._model.config, type(self._body).__name__
-        pair = bool(config.is_encoder_decoder)
+        config, body, pair = self._model.config, type(self._body).__name__, self._is_pair
         if not pair and config.get_text_config(decoder=True) is not config:
             raise MismatchError(f"{body} is more than a model of text: it takes no prefix")
         unmoved = found.n_keys > found.n_shifting
+        biased = any(has_bias(self._model.get_submodule(path)) for path in found.layers)
         lacks = [
             (bool(found.prefixes), CACHE in self._names, f"takes no {CACHE}"),
             (found.shift > 0, pair or EMBEDS in self._names, f"takes no {EMBEDS}"),
             (bool(found.embedded), self._block is not None and not pair, "has no embedding block"),
-            (unmoved, POSITIONS in self._names and not pair, f"takes no {POSITIONS}"),
+            (unmoved, biased if pair else POSITIONS in self._names, f"takes no {POSITIONS}"),
         ]
         for needed, there, lack in lacks:
             if needed and not there:
                 raise MismatchError(f"{body} {lack}, which the active prefix or prompt needs")
 
     def _install(self) -> None:
-        if self._model.config.is_encoder_decoder:
+        if self._is_pair:
             stacks = TwoStacks(self._model, self._active, self._embedded)
             self._swaps += stacks.install()
         else:
@@ -119,27 +116,18 @@ class Context:
     def _run_model(self, original: Forward, call: Call) -> Any:
         """The whole model: what only it knows of the call."""
         self._flags = call.pop(FLAGS, None)
-        if self._standing is not None and self._keep:
-            self._extend_labels(call, self._standing)
+        found = self._standing
+        if found is not None and self._keep and not (self._whole or self._is_pair):
+            inputs.extend_labels(call, found.n_front + found.n_embedded)
         self._entered = False
         try:
             output = original(**call)
         finally:
             self._flags = None
-        if self._standing is not None and not self._entered:
+        if found is not None and not self._entered:
             name = type(self._model).__name__
             raise MismatchError(f"{name} does not call what prefixes and prompts are put before")
         return output
-
-    def _extend_labels(self, call: Call, found: Standing) -> None:
-        """Virtual positions have no label; whole sequences have one, wherever they start."""
-        n, labels = found.n_front + found.n_embedded, call.get("labels")
-        whole = type(self._model).__name__.endswith(WHOLE)
-        if self._model.config.is_encoder_decoder or whole:
-            return
-        if n and isinstance(labels, Tensor) and labels.ndim == 2:
-            front = labels.new_full((labels.shape[0], n), IGNORED)
-            call["labels"] = torch.cat([front, labels], dim=1)
 
     def _run_body(self, original: Forward, call: Call) -> Any:
         """The model without its head: it sees what stands in front, and its head does not."""
@@ -170,10 +158,9 @@ class Context:
     def _cut(self, output: Any, found: Standing) -> Any:
         """The output as a head expects it. A label of a whole sequence comes from its first
         position in an encoder, which virtual tokens take, and elsewhere from the last real one."""
-        whole = type(self._model).__name__.endswith(WHOLE)
-        if self._keep and (self._encodes or not whole):
+        if self._keep and (self._encodes or not self._whole):
             return output
-        names = outputs.LAYERS if whole and self._encodes else outputs.ALL
+        names = outputs.LAYERS if self._whole and self._encodes else outputs.ALL
         for start, n in reversed(_inserted(found)):
             output = outputs.cut(output, start, n, names)
         return output
@@ -185,6 +172,15 @@ class Context:
         return bool(wanted) and not self._encodes
 
     @property
+    def _whole(self) -> bool:
+        """Whether it labels a sequence as a whole."""
+        return type(self._model).__name__.endswith(WHOLE)
+
+    @property
+    def _is_pair(self) -> bool:
+        return bool(self._model.config.is_encoder_decoder)
+
+    @property
     def _encodes(self) -> bool:
         """Whether every token sees all others, so that nothing is kept for later ones."""
         return self._block is not None and not getattr(self._model.config, "is_decoder", False)
@@ -192,13 +188,8 @@ class Context:
     def _move(self, call: Call, found: Standing, past: int) -> None:
         """The positions of real tokens, behind everything they stand behind."""
         if POSITIONS not in self._names:
-            family = self._model.config.model_type
-            if found.held and family not in BY_MASK and inputs.is_left_padded(call.get(MASK)):
-                raise InvalidError(
-                    f"{family} takes no {POSITIONS}, so that behind a prefix or a prompt rows that"
-                    " are padded on the left cannot stand where shorter ones would",
-                    hint="pad on the right, or give rows of one length",
-                )
+            if found.held:
+                inputs.require_aligned(call, self._model.config.model_type)
             return
         if call.get(POSITIONS) is None and found.n_keys > found.n_shifting and self._block is None:
             tokens = _tokens(call)

@@ -10,6 +10,9 @@ from torch import Tensor
 from adapterkit.registry.errors import InvalidError
 
 Call = dict[str, Any]
+IGNORED = -100
+# Families whose positions follow from the mask.
+BY_MASK = {"bloom"}
 
 
 def shape(call: Call, prefix: str = "") -> tuple[int, int]:
@@ -92,5 +95,21 @@ def shift_positions(call: Call, shift: int, n_rows: int) -> None:
     call["position_ids"] = torch.cat([rows.expand(given.shape[0], -1), given + shift], dim=1)
 
 
-def is_left_padded(mask: object) -> bool:
-    return isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
+def require_aligned(call: Call, family: str) -> None:
+    """Raises InvalidError for rows padded on the left, where nothing can say where they start."""
+    mask = call.get("attention_mask")
+    padded = isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask[:, 0] == 0).any())
+    if padded and family not in BY_MASK:
+        raise InvalidError(
+            f"{family} takes no position_ids, so that behind a prefix or a prompt rows that are"
+            " padded on the left cannot stand where shorter ones would",
+            hint="pad on the right, or give rows of one length",
+        )
+
+
+def extend_labels(call: Call, n: int) -> None:
+    """Virtual positions have no label; a sequence that has one as a whole has no more."""
+    labels = call.get("labels")
+    if n and isinstance(labels, Tensor) and labels.ndim == 2:
+        front = labels.new_full((labels.shape[0], n), IGNORED)
+        call["labels"] = torch.cat([front, labels], dim=1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adapterkit.hub.bases.attention import CROSS, ENCODER, attentions
+from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.caches import Held, joined
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.findings import clean
@@ -32,14 +34,32 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Side:
+    """An attention of an encoder beside a decoder, or (cross) of the decoder to it. layer: its own
+    in a cache."""
+
+    held: Held
+    gates: tuple[Gate, ...]
+    layer: int
+    cross: bool
+
+    @property
+    def n(self) -> int:
+        return self.held.k.shape[1]
+
+
+@dataclass(frozen=True)
 class Standing:
-    """activation: a number of its own. n_keys: in front of every attention of the stack that
-    generates; n_shifting: those behind which real tokens stand. front, flagged (n, width);
-    embedded: rows, and whether they stand behind the first token."""
+    """activation: a number of its own. prefixes: layer of the cache -> keys and values in front of
+    the attention that generates; layers: its path -> that layer. n_keys: in front of each;
+    n_shifting: those behind which real tokens stand. front, flagged (n, width); embedded: rows, and
+    whether they stand behind the first token."""
 
     activation: int
     prefixes: Mapping[int, Held] = field(default_factory=dict)
+    layers: Mapping[str, int] = field(default_factory=dict)
     gates: Mapping[str, tuple[Gate, ...]] = field(default_factory=dict)
+    sides: Mapping[str, Side] = field(default_factory=dict)
     n_keys: int = 0
     n_shifting: int = 0
     front: Tensor | None = None
@@ -66,7 +86,7 @@ class Standing:
 
 
 def standing(
-    model: nn.Module, active: Mapping[str, float], lowered: Mapping[str, Lowered]
+    model: nn.Module, base: Base, active: Iterable[str], lowered: Mapping[str, Lowered]
 ) -> Standing | None:
     """None if no active adapter has any. Raises MismatchError for a model they cannot stand on."""
     tokens = [(n, p) for n, _, p in _all(active, lowered) if isinstance(p, VirtualTokens)]
@@ -80,12 +100,16 @@ def standing(
     by_layer: dict[str, list[tuple[str, PrefixKV]]] = {}
     for name, path, prefix in prefixes:
         by_layer.setdefault(path, []).append((name, prefix))
-    first = next(iter(by_layer.values()), [])
-    held, gates = _prefixes(model, by_layer)
+    attended = _attended(model, base, by_layer)
+    sides = {path: side for path, side in attended.items() if path in _aside(base)}
+    own = {path: one for path, one in attended.items() if path not in sides}
+    first = next((parts for path, parts in by_layer.items() if path in own), [])
     return Standing(
         next(NUMBERS),
-        held,
-        gates,
+        {one.layer: one.held for one in own.values()},
+        {path: one.layer for path, one in own.items()},
+        {path: one.gates for path, one in own.items() if one.gates},
+        sides,
         sum(len(prefix.k) for _, prefix in first),
         sum(len(prefix.k) for _, prefix in first if prefix.shifts),
         torch.cat(rows["front"]) if rows["front"] else None,
@@ -95,7 +119,7 @@ def standing(
 
 
 def _all(
-    active: Mapping[str, float], lowered: Mapping[str, Lowered]
+    active: Iterable[str], lowered: Mapping[str, Lowered]
 ) -> Iterator[tuple[str, str, object]]:
     """(adapter, module, primitive), adapters in the order given."""
     for name in active:
@@ -104,23 +128,27 @@ def _all(
                 yield name, path, primitive
 
 
-def _prefixes(
-    model: nn.Module, by_layer: Mapping[str, list[tuple[str, PrefixKV]]]
-) -> tuple[dict[int, Held], dict[str, tuple[Gate, ...]]]:
+def _aside(base: Base) -> set[str]:
+    return {one.path for place in (CROSS, ENCODER) for one in attentions(base.modules, place)}
+
+
+def _attended(
+    model: nn.Module, base: Base, by_layer: Mapping[str, list[tuple[str, PrefixKV]]]
+) -> dict[str, Side]:
+    """Path of each attention -> what stands in front of it."""
     if not by_layer:
-        return {}, {}
+        return {}
     heads = _key_heads(model)
-    held: dict[int, Held] = {}
-    gates: dict[str, tuple[Gate, ...]] = {}
+    cross = {one.path for one in attentions(base.modules, CROSS)}
+    found: dict[str, Side] = {}
     for path, parts in by_layer.items():
         layer = getattr(model.get_submodule(path), "layer_idx", None)
         if not isinstance(layer, int):
             raise MismatchError(f"{path} does not say which layer of a cache is its own")
         split = [_by_head(name, prefix, heads) for name, prefix in parts]
-        held[layer] = joined(split)
-        if found := tuple(_gates([prefix for _, prefix in parts], split)):
-            gates[path] = found
-    return held, gates
+        gates = tuple(_gates([prefix for _, prefix in parts], split))
+        found[path] = Side(joined(split), gates, layer, path in cross)
+    return found
 
 
 def _by_head(name: str, prefix: PrefixKV, heads: int) -> Held:

@@ -14,12 +14,15 @@ Run = Callable[[Forward, dict[str, Any]], Any]
 
 
 class Swap:
-    """The new forward of a module; callers see the signature of the old one, and `extra`."""
+    """The new forward of a module, or another method; callers see the signature of the old one, and
+    `extra`."""
 
-    def __init__(self, module: nn.Module, run: Run, extra: tuple[str, ...] = ()) -> None:
-        self._module, self._run = module, run
-        self._original: Forward = module.forward
-        self._had_own = "forward" in vars(module)  # accelerate's wrapper, for one
+    def __init__(
+        self, module: nn.Module, run: Run, extra: tuple[str, ...] = (), name: str = "forward"
+    ) -> None:
+        self._module, self._run, self._name = module, run, name
+        self._original: Forward = getattr(module, name)
+        self._had_own = name in vars(module)  # accelerate's wrapper, for one
         signature = inspect.signature(self._original)
         parameters = list(signature.parameters.values())
         self._names = [p.name for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]
@@ -27,20 +30,15 @@ class Swap:
         rest = [p for p in parameters if p.kind == p.VAR_KEYWORD]
         first = [p for p in parameters if p.kind != p.VAR_KEYWORD]
         self.__signature__ = signature.replace(parameters=[*first, *more, *rest])
-        setattr(module, "forward", self)  # noqa: B010 (a method cannot be assigned to)
+        setattr(module, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(self._original, dict(zip(self._names, args, strict=False)) | kwargs)
 
-    @property
-    def names(self) -> list[str]:
-        """Of the arguments that the old forward names."""
-        return self._names
-
     def remove(self) -> None:
-        if vars(self._module).get("forward") is not self:
+        if vars(self._module).get(self._name) is not self:
             return  # somebody wrapped it since: theirs stays, and this one adds nothing any more
         if self._had_own:
-            setattr(self._module, "forward", self._original)  # noqa: B010
+            setattr(self._module, self._name, self._original)
         else:
-            del self._module.forward
+            delattr(self._module, self._name)

@@ -1,0 +1,84 @@
+"""Attentions that take part in prefixes themselves: gated ones, those of an encoder beside a
+decoder, those of a decoder to it, and those whose bias counts positions."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, EncoderDecoderCache
+
+from adapterkit.hub.compose import caches
+from adapterkit.hub.compose.gates import run_gated, write
+from adapterkit.hub.compose.inputs import Call
+from adapterkit.hub.compose.standing import Side, Standing
+from adapterkit.hub.compose.swap import Forward, Swap
+
+CACHE, MASK, SEEN = "past_key_values", "mask", "past_seen_tokens"
+BIAS = "compute_bias"
+
+
+def has_bias(module: nn.Module) -> bool:
+    """Whether it makes the bias of relative positions, which the other layers share."""
+    return hasattr(module, BIAS) and hasattr(module, "relative_attention_bias")
+
+
+class Sides:
+    """Their swapped forwards, exchanged with each activation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._swaps: list[Swap] = []
+
+    def switch(self, found: Standing | None) -> None:
+        for swap in reversed(self._swaps):
+            swap.remove()
+        self._swaps = []
+        if found is None:
+            return
+        for path, gates in found.gates.items():
+            self._swap(path, partial(run_gated, gates, found.layers[path]))
+        for path in found.layers:
+            self._bias(path, found.n_keys - found.n_shifting)
+        for path, side in found.sides.items():
+            self._swap(path, partial(_run_side, side))
+            self._bias(path, side.n)
+
+    def _swap(self, path: str, run: Any, name: str = "forward") -> None:
+        self._swaps.append(Swap(self._model.get_submodule(path), run, name=name))
+
+    def _bias(self, path: str, n: int) -> None:
+        """The library counts n keys that stand in front as positions, and no query behind them."""
+        if n and has_bias(self._model.get_submodule(path)):
+            self._swap(path, partial(_run_bias, n), BIAS)
+
+
+def _run_bias(n: int, original: Forward, call: Call) -> Any:
+    call[SEEN] = call.get(SEEN, 0) - n
+    return original(**call)
+
+
+def _run_side(side: Side, original: Forward, call: Call) -> Any:
+    """An attention with keys in front that no position follows."""
+    x: Tensor = call["hidden_states"]
+    cache: Any = call.get(CACHE)
+    if cache is None or not side.cross:
+        own = (DynamicCache(), DynamicCache())
+        cache = call[CACHE] = EncoderDecoderCache(*own) if side.cross else own[0]
+    store = cache.cross_attention_cache if side.cross else cache
+    if store.get_seq_length(side.layer) == 0:
+        caches.fill(store, {side.layer: side.held}, len(x), x.dtype)
+    if side.gates:
+        write(store.layers[side.layer], side.gates, x)
+    mask = call.get(MASK)
+    if isinstance(mask, Tensor):
+        call[MASK] = torch.cat([_visible(mask, side.n), mask], dim=-1)
+    return original(**call)
+
+
+def _visible(mask: Tensor, n: int) -> Tensor:
+    """n columns that hide nothing, of a mask that is added or that is true where one sees."""
+    shape = (*mask.shape[:-1], n)
+    return mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
