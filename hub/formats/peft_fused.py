@@ -36,7 +36,7 @@ def read(reader: ConfigReader, names: Collection[str]) -> FusedLoraFields:
 
 
 def refusals(config: Mapping[str, Any]) -> list[Finding]:
-    found = LORA.refusals(config)
+    found = peft_lora.mutations(config)
     if sum(map(bool, config[FIELD])) != GROUPS:
         found.append(unsupported(FIELD, "PEFT mixes them where others than two are enabled"))
     return found

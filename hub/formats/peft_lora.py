@@ -73,6 +73,8 @@ EXPERTS_AS_LINEAR = Version("0.19.1")
 # These inits subtract their start from the base when PEFT loads the file.
 MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 INITS = ("gaussian", "eva", "orthogonal", *MUTATING)
+# Of these, what the base itself determines, and the kind computes.
+STARTS = ("pissa", "olora")
 
 
 def read(reader: ConfigReader, names: Collection[str]) -> LoraFields:
@@ -84,6 +86,7 @@ def read(reader: ConfigReader, names: Collection[str]) -> LoraFields:
         rslora=reader.flag("use_rslora"),
         dora=reader.flag("use_dora"),
         lora_bias=reader.flag("lora_bias"),
+        start=_start(reader.config) or "",
         transposed_experts=bool(reader.config.get("target_parameters"))
         and written_before(reader, EXPERTS_AS_LINEAR),
         replaced=replaced(reader, "trainable_token_indices", names),
@@ -109,7 +112,24 @@ def _check_init(reader: ConfigReader) -> None:
         reader.fault("init_lora_weights", f"a boolean or one of {', '.join(INITS)}")
 
 
+def _start(config: Mapping[str, Any]) -> str | None:
+    init = config.get("init_lora_weights")
+    return init.lower() if isinstance(init, str) and init.lower() in STARTS else None
+
+
 def refusals(config: Mapping[str, Any]) -> list[Finding]:
+    if _start(config) is None:
+        return mutations(config)
+    clashing = ("use_dora", "lora_bias", "target_parameters")
+    return [
+        Finding(ERROR, UNSUPPORTED, field, f"no {field}", "init_lora_weights changes the base too")
+        for field in clashing
+        if config.get(field)
+    ]
+
+
+def mutations(config: Mapping[str, Any]) -> list[Finding]:
+    """An init that changes the base, for those that compute none."""
     init = config.get("init_lora_weights")
     if not isinstance(init, str) or not init.lower().startswith(MUTATING):
         return []

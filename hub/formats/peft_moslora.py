@@ -52,7 +52,7 @@ def read(reader: ConfigReader, names: Collection[str]) -> MosloraFields:
 
 
 def refusals(config: Mapping[str, Any]) -> list[Finding]:
-    found = LORA.refusals(config)
+    found = peft_lora.mutations(config)
     if config.get("use_dora"):
         why = "the fork that writes mixers leaves them out of its DoRA"
         found.append(Finding(ERROR, UNSUPPORTED, "use_dora", f"no use_dora with {FLAG}", why))

@@ -13,7 +13,7 @@ from adapterkit.hub.bases.base import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, 
 from adapterkit.hub.fields import LoraFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
 from adapterkit.hub.headers import FLOATS, Stored
-from adapterkit.hub.kinds import convolution, experts, replaced, targeted
+from adapterkit.hub.kinds import convolution, experts, replaced, starts, targeted
 from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
 from adapterkit.hub.primitives import BiasShift, LowRank, RowScale
 
@@ -38,7 +38,7 @@ class Lora:
     def summary(self, adapter: Adapter) -> Summary:
         fields: LoraFields = adapter.fields
         names = [name for name, held in adapter.modules.items() if any(a in held for a, _ in PAIRS)]
-        words = {"rsLoRA": fields.rslora, "DoRA": fields.dora}
+        words = {"rsLoRA": fields.rslora, "DoRA": fields.dora, **starts.words(fields)}
         variant = "+".join(word for word, is_one in words.items() if is_one) or "LoRA"
         alphas = {fields.alphas.get(name, fields.alpha) for name in names}
         return Summary(variant, tuple(map(fields.rank_of, names)), tuple(sorted(alphas)))
@@ -82,7 +82,7 @@ class Lora:
             else:
                 tensors |= self.expected(fields, module)
                 tensors |= _tied(fields, module, modules)
-                findings += convolution.faults(fields, module)
+                findings += convolution.faults(fields, module) + starts.faults(fields, module)
         findings += _untrained_bias(adapter, selected, modules)
         findings += targeted.unmatched(adapter, modules, selected)
         rest = replaced.schema(adapter, fields.replaced, modules, selected)
@@ -112,6 +112,7 @@ class Lora:
             yield name, RowScale(f - 1)
         else:
             yield name, LowRank(b, a, scale)
+        yield from starts.lower(fields, site)
         if "B_bias" in p:
             yield name, BiasShift(scale * p["B_bias"])
         if fields.replaced.tie and site.module.type == EMBEDDING:

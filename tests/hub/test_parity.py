@@ -31,19 +31,17 @@ INPUTS = (
 BY_FORMAT = {
     "adapters": "AdapterHub",
     "mlx-lm": "MLX-LM",
-    "llm-adapters": "BOTTLENECK",
 }
 BY_KIND = {
     "lora_alora": "alora_invocation_tokens",
     "lora_layer_replication": "layer_replication",
-    "lora_pissa": "init_lora_weights 'pissa'",
-    "lora_olora": "init_lora_weights 'olora'",
 }
 
 
 # Formats that are read, beside those of PEFT, of which the type decides.
 READ = {
     "loralib",
+    "llm-adapters",
     "mlx-lm",
     "prefixtuning-li-liang",
     "thudm-p-tuning-v1",
