@@ -109,7 +109,7 @@ class PhmFields:
     """Compacter. Karimi Mahabadi et al. 2021, arXiv:2106.04647: H = sum_i kron(rule_i, W_i).
 
     size: n of the n rules (n, n); rank: of W_i where they are products. shared_rule,
-    shared_weights: one for all layers; rule_product, weight_product: stored as two factors. bias: has one.
+    shared_weights: one for all layers; rule_product, weight_product: stored as two factors.
     """
 
     size: int
