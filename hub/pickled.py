@@ -2,7 +2,7 @@
 
 It knows the opcodes and the names that state dicts need; anything else is refused by its name.
 No name is imported and no object made but dict, list, tuple, str, numbers and `View`.
-Opcodes: `pickletools` of the standard library; names: torch 2.13 `torch/_utils.py`.
+Opcodes: `pickletools` of the standard library.
 """
 
 from __future__ import annotations
@@ -11,62 +11,26 @@ import io
 import pickletools
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from adapterkit.hub.findings import clean
+from adapterkit.hub.torchnames import (
+    DTYPES,
+    EMPTY,
+    NAMES,
+    PARAMETER,
+    TENSOR,
+    UNTYPED_TENSOR,
+    Name,
+    Storage,
+    View,
+)
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.strictjson import is_text
 
 # A state dict of 60,000 tensors; a file that asks for more work is not an adapter.
 MAX_OPS = 2_000_000
 MAX_INT = 1 << 128
-
-# torch's name of a storage's class or of a dtype -> the name safetensors has for it
-DTYPES = {
-    "torch.DoubleStorage": "F64", "torch.FloatStorage": "F32", "torch.HalfStorage": "F16",
-    "torch.BFloat16Storage": "BF16", "torch.LongStorage": "I64", "torch.IntStorage": "I32",
-    "torch.ShortStorage": "I16", "torch.CharStorage": "I8", "torch.ByteStorage": "U8",
-    "torch.BoolStorage": "BOOL", "torch.ComplexFloatStorage": "C64",
-    "torch.storage.UntypedStorage": "U8",
-    "torch.uint16": "U16", "torch.uint32": "U32", "torch.uint64": "U64",
-    "torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2",
-    "torch.float8_e8m0fnu": "F8_E8M0",
-}  # fmt: skip
-EMPTY, TENSOR, UNTYPED_TENSOR, PARAMETER = (
-    "collections.OrderedDict",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3",
-    "torch._utils._rebuild_parameter",
-)
-NAMES = {EMPTY, TENSOR, UNTYPED_TENSOR, PARAMETER, *DTYPES}
-
-
-@dataclass(frozen=True)
-class Name:
-    """A global by its name, never looked up."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class Storage:
-    """key: of its bytes in the file. numel: elements of its dtype."""
-
-    key: str
-    dtype: str
-    numel: int
-
-
-@dataclass(frozen=True)
-class View:
-    """A tensor: elements of a storage. offset and stride count elements of `dtype`."""
-
-    storage: Storage
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
 
 
 class MalformedError(Exception):
@@ -274,19 +238,9 @@ def _check_sizes(offset: object, shape: object, stride: object) -> None:
 
 
 OPERATIONS: dict[str, Callable[[_Reader, Any], None]] = {
-    "TUPLE": _Reader.make_tuple,
-    "APPEND": _Reader.append,
-    "APPENDS": _Reader.appends,
-    "SETITEM": _Reader.setitem,
-    "SETITEMS": _Reader.setitems,
-    "BINPUT": _Reader.put,
-    "LONG_BINPUT": _Reader.put,
-    "MEMOIZE": _Reader.memoize,
-    "BINGET": _Reader.get,
-    "LONG_BINGET": _Reader.get,
-    "GLOBAL": _Reader.named,
-    "STACK_GLOBAL": _Reader.stack_global,
-    "BUILD": _Reader.build,
-    "BINPERSID": _Reader.persistent,
-    "REDUCE": _Reader.reduce,
-}
+    "TUPLE": _Reader.make_tuple, "APPEND": _Reader.append, "APPENDS": _Reader.appends,
+    "SETITEM": _Reader.setitem, "SETITEMS": _Reader.setitems, "GLOBAL": _Reader.named,
+    "STACK_GLOBAL": _Reader.stack_global, "BUILD": _Reader.build, "REDUCE": _Reader.reduce,
+    "BINPERSID": _Reader.persistent, "MEMOIZE": _Reader.memoize, "BINPUT": _Reader.put,
+    "LONG_BINPUT": _Reader.put, "BINGET": _Reader.get, "LONG_BINGET": _Reader.get,
+}  # fmt: skip

@@ -13,10 +13,11 @@ from typing import Any
 
 from adapterkit.hub.findings import clean, several
 from adapterkit.hub.headers import DTYPE_BITS, MAX_VALUES, Header, Stored, refuse_other_formats
-from adapterkit.hub.pickled import Storage, View, read_pickle
+from adapterkit.hub.pickled import read_pickle
 from adapterkit.hub.sources import ByteSource
 from adapterkit.hub.storedzip import LOCAL, members
 from adapterkit.hub.strided import Strided
+from adapterkit.hub.torchnames import Storage, View
 from adapterkit.registry.errors import DamagedError
 
 MAX_PICKLE = 1 << 25

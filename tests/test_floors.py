@@ -18,7 +18,7 @@ BELOW = {
 STEPS = {
     "plain": {
         "findings", "headers", "sources", "adapter", "fields", "matching", "recipes", "pickled", "storedzip",
-        "strided", "torchfile",
+        "strided", "torchfile", "torchnames",
         "bases/base", "bases/attention", "bases/packed", "bases/places", "bases/values",
     },
     "maths": {"primitives", "tensors", "kinds", "quant", "blend"},
@@ -27,7 +27,7 @@ STEPS = {
         "norms", "frozen", "offline", "change", "reduce", "factored", "unfold",
     },
     "model": {"compose", "gather", "load", "merge/live"},
-    "outside": {"merge", "mixing", "made", "convert", "recipe_versions", "parts", "remotes", "diff", "sync", "ingest", "describe", "arrival", "demo"},
+    "outside": {"merge", "mixing", "made", "convert", "exporting", "recipe_versions", "parts", "remotes", "diff", "sync", "ingest", "describe", "arrival", "demo"},
 }  # fmt: skip
 RANK = {step: rank for rank, step in enumerate(STEPS)}
 NETWORK = {"socket", "http", "urllib.request", "requests", "httpx"}

@@ -156,6 +156,16 @@ def test_hints_are_given_on_the_command_line(dump: Path, fixtures: Path) -> None
     assert typed("add", "/nothing", "q", *given)[0] == 3
 
 
+def test_hints_travel_with_the_version(dump: Path, fixtures: Path, tmp_path: Path) -> None:
+    base, remote, there = fixtures / "bases" / "gpt2", f"file://{tmp_path}/remote", tmp_path / "b"
+    given = ["--hint", "alpha=6", "--hint", "enable_lora=[true,false,true]"]
+    assert typed("add", dump, "q", *given)[0] == 0
+    assert typed("push", "q", remote)[0] == 0
+    code, text = typed("--home", there, "pull", f"{remote}#q")
+    assert code == 0, text
+    assert typed("--home", there, "check", "q", "--base", base)[0] == 0
+
+
 def test_two_formats_with_equal_claims_are_an_error_that_a_hint_decides(
     tmp_path: Path, dump: Path
 ) -> None:
