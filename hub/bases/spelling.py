@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from adapterkit.hub.bases.base import EXPERTS, LINEAR, Base, Module
 from adapterkit.hub.bases.families import FAMILIES, Family
+from adapterkit.hub.bases.names import Names
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def spelled(base: Base, modules: Collection[str]) -> Spelling:
     best, known = Spelling(base), 0
     if not wanted or family is None:
         return best
-    for spelling in _spellings(base, family):
+    for spelling in (*_spellings(base, family), *_stored(base, family, wanted)):
         # what the base's own names have and this one lacks counts against it
         count = len(wanted & spelling.base.modules.keys())
         count -= len(mine - spelling.base.modules.keys())
@@ -90,3 +91,24 @@ def _older(name: str, family: Family) -> str:
     for pattern, replacement in family.older:
         name = re.sub(pattern, replacement, name, count=1)
     return name
+
+
+def _stored(base: Base, family: Family, wanted: Collection[str]) -> Iterator[Spelling]:
+    """A vision model's modules as its checkpoints are named, where the adapter names them so."""
+    if not family.embedding.startswith("language_model."):
+        return
+    names = Names.of(base.config, base.architecture or None)
+    found = {}
+    for name in wanted:
+        row = (names.runtime(f"{name}.weight") or "").rpartition(".")[0]
+        if row in base.modules:
+            found[row] = name
+    renamed = {
+        found.get(name, name): replace(row, name=found.get(name, name), tied_to=_as(row, found))
+        for name, row in base.modules.items()
+    }
+    yield Spelling(replace(base, modules=renamed), {new: Slot(row) for row, new in found.items()})
+
+
+def _as(row: Module, names: Mapping[str, str]) -> str | None:
+    return names.get(row.tied_to, row.tied_to) if row.tied_to else None

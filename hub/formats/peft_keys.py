@@ -25,6 +25,8 @@ ENDINGS = {
 # Inside a module of several layers the adapter's name stays in front of the layer's.
 WRAPPED = re.compile(r"(.+?)\.(modules_to_save|original_module)\.(?:(.+)\.)?(weight|bias)")
 TABLES = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out")
+# A masked language model registers the bias of its last layer in the head as well.
+LAST = ".decoder"
 # What other tools leave in front of the path: compiled, distributed, doubly wrapped models.
 STRAYS = ("_orig_mod.", "module.", PREFIX)
 IN_FRONT = re.compile("(?:" + "|".join(map(re.escape, STRAYS)) + ")*")
@@ -66,9 +68,19 @@ def read_keys(
             taken[place] = key
             found.places[key] = place
             found.findings.extend(_remarks(key, place))
+    _join_copies(found)
     if names:
         found.findings.append(_named(names))
     return found
+
+
+def _join_copies(found: Keys) -> None:
+    """A bias with two names is one, and its copy."""
+    held = set(found.places.values())
+    for key, (module, role) in found.places.items():
+        if role == "replace.bias" and (module + LAST, role) in held:
+            found.places[key] = module + LAST, "wrapper.modules_to_save.bias"
+            found.findings.extend(_remarks(key, found.places[key]))
 
 
 def _named_keys(endings: Places) -> re.Pattern[str]:

@@ -32,7 +32,7 @@ def schema(
         if adapter.targets.is_saved(name):
             tensors |= _whole(module)
         elif fields.bias == "all":
-            tensors |= _bias(module) | _named_bias(module)
+            tensors |= _bias(module) | _named_bias(module) | _copied_bias(module)
     if fields.bias == "lora_only":
         for name in selected:
             tensors |= _bias(modules[name])
@@ -86,6 +86,14 @@ def _bias(module: Module) -> dict[tuple[str, str], Expected]:
     if module.bias is None:
         return {}
     return {(module.name, "replace.bias"): Expected((module.n_out,))}
+
+
+def _copied_bias(module: Module) -> dict[tuple[str, str], Expected]:
+    """The same bias under another name, where the model has two for it."""
+    if module.bias is None:
+        return {}
+    copy = (module.name, "wrapper.modules_to_save.bias")
+    return {copy: Expected((module.n_out,), required=False)}
 
 
 def _named_bias(module: Module) -> dict[tuple[str, str], Expected]:
