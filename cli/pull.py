@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from adapterkit.cli.app import App, pass_app
-from adapterkit.cli.output import emit
+from adapterkit.cli.output import emit, say
 from adapterkit.cli.progress import progress
 from adapterkit.cli.push import record, tell
 from adapterkit.registry.errors import InvalidError
@@ -46,3 +46,6 @@ def command(
         emit(record(plan, dry_run) | {"source": str(plan.source), "ref": str(plan.ref)})
     else:
         tell(app, str(plan.ref), plan, "would fetch" if dry_run else "fetched")
+        if plan.kept_name:
+            old, new = Ref.parse(plan.kept_name), Ref.parse(plan.source.full_name)
+            say(f"  {old} is called {new} there; adapter mv {old} {new} does the same here")

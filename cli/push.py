@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -63,11 +64,13 @@ def record(plan: PushPlan | PullPlan, dry_run: bool) -> dict[str, Any]:
         "parts": [str(part.ref) for part in plan.parts],
         "tags": list(plan.tags),
         "kept_tags": list(plan.kept_tags),
+        "yank": None if plan.yank is None else asdict(plan.yank),
+        "former_names": list(plan.former),
     }
 
 
 def tell(app: App, label: str, plan: PushPlan | PullPlan, verb: str) -> None:
-    if plan.published and not (plan.pieces or plan.attachments or plan.tags):
+    if plan.is_done:
         say(f"{label}: already there, nothing new")
     else:
         say(f"{label}: {verb} {count(len(plan.pieces), 'blob')}, {size(plan.size)}")
@@ -76,5 +79,10 @@ def tell(app: App, label: str, plan: PushPlan | PullPlan, verb: str) -> None:
     if app.detailed:
         for piece in plan.pieces:
             say(f"  {piece.name}  sha256:{piece.digest}  {size(piece.size)}")
+    if plan.yank is not None:
+        state = "yanked" if plan.yank.yanked else "yanked no more"
+        say(f"  {state}: {plan.yank.reason}" if plan.yank.reason else f"  {state}")
+    for name in plan.former:
+        say(f"  {Ref.parse(name)} leads to it")
     for tag in plan.kept_tags:
         say(f"  the tag {tag} stays on another version; --tag {tag} moves it")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from adapterkit.hub import parts
 from adapterkit.hub.findings import clean
+from adapterkit.hub.remotes import marks
 from adapterkit.hub.remotes.base import Progress, Published, Remote, find
 from adapterkit.hub.remotes.plans import Piece, PullPlan, PushPlan
 from adapterkit.registry.attaching import METRICS, NOTE, entry, same
@@ -45,9 +46,11 @@ def plan_push(
     moved, kept = _split_tags(_tags(remote, version.name), version.version, named, version.tags)
     pieces = _pieces(manifest, version.id, new)
     missing = [piece for piece in pieces if not remote.has(piece.digest, piece.size)]
+    yank, former = marks.to_push(registry, version, remote, there)
     return PushPlan(
         version.ref, version.id, remote.url, tuple(missing), tuple(new), moved, kept,
-        there is not None, tuple(parts.to_push(registry, manifest, remote, plan_push)),
+        there is not None, yank, former,
+        tuple(parts.to_push(registry, manifest, remote, plan_push)),
     )  # fmt: skip
 
 
@@ -63,8 +66,12 @@ def push(
         remote.attach(attachment)
     target = Published(plan.ref.full_name, str(plan.ref.version), plan.id)
     created = remote.publish(target)
+    if plan.yank is not None:
+        remote.set_yank(target, plan.yank)
     for tag in plan.tags:
         remote.tag(tag, target)
+    for name in plan.former:
+        remote.redirect(name, target.name)
     return created
 
 
@@ -101,10 +108,12 @@ def plan_pull(
     moved, kept = _split_tags(local, source.version, named, there)
     pieces = [p for p in _pieces(manifest, source.id, new) if p.digest != source.id]
     absent = set(registry.missing(piece.digest for piece in pieces))
+    yank = marks.to_pull(registry, here, remote, source)
+    former, kept_name = marks.former_name(registry, wanted, source) if name is None else ((), "")
     return PullPlan(
-        source.ref, target, source.id, remote.url, data,
+        target, source.id, remote.url,
         tuple(piece for piece in pieces if piece.digest in absent),
-        tuple(new), moved, kept, here is not None,
+        tuple(new), moved, kept, here is not None, yank, former, source.ref, data, kept_name,
         tuple(parts.to_pull(registry, manifest, remote, plan_pull)),
     )  # fmt: skip
 
@@ -137,6 +146,10 @@ def pull(
         _check_attachment(registry, attachment)
     version = str(plan.ref.version)
     done = registry.publish(plan.ref.full_name, version, plan.manifest, plan.tags, plan.attachments)
+    if plan.yank is not None:
+        registry.repeat_yank(done.ref, plan.yank)
+    for former in plan.former:
+        registry.redirect(former, plan.ref.full_name)
     return done.created
 
 

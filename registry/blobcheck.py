@@ -146,9 +146,7 @@ def see(blobs: Blobs, path: Path, name: str, progress: Progress) -> Seen:
     return Seen(name, size, hasher.hexdigest())
 
 
-def judge(
-    blobs: Blobs, needs: Needed, found: Found, seen: Iterable[Seen]
-) -> Iterator[Problem]:
+def judge(blobs: Blobs, needs: Needed, found: Found, seen: Iterable[Seen]) -> Iterator[Problem]:
     """What is wrong with blobs, and which of those that are needed are not among `seen`."""
     missing = set(needs.sizes)
     for each in seen:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from adapterkit.registry import attaching, queries
+from adapterkit.registry import attaching, queries, wholes
 from adapterkit.registry.blobs import Blob
 from adapterkit.registry.change import Change
 from adapterkit.registry.errors import ConflictError, InvalidError
@@ -82,6 +82,15 @@ def check_free(change: Change, name: str, tag: str, version: str | None = None) 
             raise ConflictError(
                 f"the tag {shown} is protected", hint=f"adapter tag {shown} --unprotect"
             )
+
+
+def remove(change: Change, target: Version) -> None:
+    """Raises ConflictError when one of its tags is protected, or a recipe needs it."""
+    for tag in target.tags:
+        check_free(change, target.name, tag)
+    wholes.require_unneeded(change, target)
+    payload = {"name": target.name, "version": target.version, "id": target.id}
+    change.append("tombstone", payload | {"tags": list(target.tags)})
 
 
 def movable(tag: str) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from adapterkit.registry import commit, moves, queries, wholes
+from adapterkit.registry import commit, moves, queries
 from adapterkit.registry.change import Change
 from adapterkit.registry.errors import ConflictError, InvalidError, NotFoundError
 from adapterkit.registry.reading import ReadingSide, as_ref, bare_name
-from adapterkit.registry.records import TagMove, Version
+from adapterkit.registry.records import TagMove, Version, Yank
 from adapterkit.registry.refs import Ref
 from adapterkit.registry.versions import sort_key
 
@@ -89,14 +89,20 @@ class NamingSide(ReadingSide):
     def unyank(self, ref: str | Ref) -> Version:
         return self._set_yanked(ref, None)
 
+    def repeat_yank(self, ref: str | Ref, said: Yank) -> Version:
+        """Say of a version what was said elsewhere, unless something later was said here."""
+        with self.home.write() as change:
+            target = queries.resolve(change.catalog, as_ref(ref))
+            if said.newer(queries.yank(change.catalog, target)):
+                _say(change, target, said.yanked, said.reason, since=said.since)
+            return queries.resolve(change.catalog, target.ref)
+
     def _set_yanked(self, ref: str | Ref, reason: str | None) -> Version:
         wanted = as_ref(ref)
         with self.home.write() as change:
             target = _one(change, wanted)
             if target.yanked != reason:
-                payload = {"name": target.name, "version": target.version, "id": target.id}
-                state = {"yanked": reason is not None, "reason": reason or ""}
-                change.append("yank", payload | state)
+                _say(change, target, reason is not None, reason or "")
             return queries.resolve(change.catalog, target.ref)
 
     def mv(self, name: str | Ref, new: str | Ref) -> Ref:
@@ -121,6 +127,24 @@ class NamingSide(ReadingSide):
             change.append("rename", {"name": target.full_name, "previous": old.full_name})
             return target
 
+    def redirect(self, name: str | Ref, target: str | Ref) -> None:
+        """Let a name that nothing here ever had lead to one that is here.
+
+        Raises ConflictError when it is in use, or was.
+        """
+        old, wanted = bare_name(name), bare_name(target)
+        with self.home.write() as change:
+            catalog = change.catalog
+            new = queries.current(catalog, wanted.full_name)
+            if not queries.history(catalog, new):
+                raise NotFoundError(f"{wanted} is not in the registry")
+            leads = queries.current(catalog, old.full_name)
+            if leads == new:
+                return
+            if leads != old.full_name or queries.history(catalog, old.full_name):
+                raise ConflictError(f"the name {old} is in use, or was")
+            change.append("rename", {"name": new, "previous": old.full_name})
+
     def rm(self, ref: str | Ref) -> Version:
         """Remove a version, or the tag when `ref` is NAME:TAG; what it was.
 
@@ -132,12 +156,13 @@ class NamingSide(ReadingSide):
             return self.untag(wanted)
         with self.home.write() as change:
             target = _one(change, wanted)
-            for tag in target.tags:
-                commit.check_free(change, target.name, tag)
-            wholes.require_unneeded(change, target)
-            payload = {"name": target.name, "version": target.version, "id": target.id}
-            change.append("tombstone", payload | {"tags": list(target.tags)})
+            commit.remove(change, target)
             return target
+
+
+def _say(change: Change, target: Version, yanked: bool, reason: str, **more: str) -> None:
+    payload = {"name": target.name, "version": target.version, "id": target.id}
+    change.append("yank", payload | {"yanked": yanked, "reason": reason} | more)
 
 
 def _one(change: Change, wanted: Ref) -> Version:

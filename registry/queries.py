@@ -11,7 +11,7 @@ from typing import Any
 
 from adapterkit.registry.catalog import Catalog
 from adapterkit.registry.errors import InvalidError, NotFoundError
-from adapterkit.registry.records import Attachment, Edge, Event, Facts, Lineage, Version
+from adapterkit.registry.records import Attachment, Edge, Event, Facts, Lineage, Version, Yank
 from adapterkit.registry.refs import LATEST, Ref
 from adapterkit.registry.versions import sort_key
 
@@ -110,6 +110,25 @@ def tagged(catalog: Catalog, name: str, tag: str) -> list[Version]:
 def is_protected(catalog: Catalog, name: str, tag: str) -> bool:
     query = "SELECT 1 FROM protected WHERE name = ? AND tag = ?"
     return catalog.row(query, [name, tag]) is not None
+
+
+def yank(catalog: Catalog, version: Version) -> Yank | None:
+    """What was last said of it since it was recorded, maybe once more after a removal."""
+    row = catalog.row(
+        "SELECT kind, created, payload FROM events WHERE name = ? AND kind IN ('yank', 'version')"
+        " AND json_extract(payload, '$.version') = ? ORDER BY seq DESC LIMIT 1",
+        [version.name, version.version],
+    )
+    if row is None or row["kind"] == "version":
+        return None
+    said = json.loads(row["payload"])
+    return Yank(said["yanked"], said["reason"], said.get("since", row["created"]))
+
+
+def former_names(catalog: Catalog, name: str) -> list[str]:
+    """Those that lead to `name`."""
+    rows = catalog.rows("SELECT name FROM redirects WHERE target = ? ORDER BY name", [name])
+    return [row["name"] for row in rows]
 
 
 def _by_digest(catalog: Catalog, ref: Ref) -> list[Version]:

@@ -24,7 +24,7 @@ from adapterkit.registry.home import Home
 from adapterkit.registry.manifest import Manifest
 from adapterkit.registry.metrics import merged
 from adapterkit.registry.moves import moves_of
-from adapterkit.registry.records import Attachment, Edge, Event, Lineage, TagMove, Version
+from adapterkit.registry.records import Attachment, Edge, Event, Lineage, TagMove, Version, Yank
 from adapterkit.registry.refs import Ref
 from adapterkit.registry.usage import Disk, Usage
 
@@ -166,6 +166,16 @@ class ReadingSide:
     def moves(self, name: str, tag: str | None = None) -> Sequence[TagMove]:
         """What happened to the tags of a name, or to one of them, oldest first."""
         return moves_of(self.history(name), tag)
+
+    def yank_of(self, ref: str | Ref) -> Yank | None:
+        """What was last said of a version with `yank` or `unyank`, if anything was."""
+        found = self.resolve(ref)
+        return self.home.read(lambda catalog: queries.yank(catalog, found))
+
+    def former_names(self, name: str) -> Sequence[str]:
+        """Names that lead to this one since it was renamed, with their namespaces."""
+        full = bare_name(name).full_name
+        return self.home.read(lambda catalog: queries.former_names(catalog, full))
 
     def lineage(self, ref: str | Ref) -> Lineage:
         found = self.resolve(ref)

@@ -48,6 +48,22 @@ class Version:
 
 
 @dataclass(frozen=True)
+class Yank:
+    """What was last said of a version. since: when that was first said, here or elsewhere."""
+
+    yanked: bool
+    reason: str
+    since: str
+
+    def newer(self, other: Yank | None) -> bool:
+        """Whether this is to be said where `other` (None: nothing) was."""
+        if other is None:
+            return self.yanked
+        mine, other_s = (self.yanked, self.reason), (other.yanked, other.reason)
+        return mine != other_s and self.since > other.since
+
+
+@dataclass(frozen=True)
 class Added:
     """ref: NAME@VERSION. created: whether that version is new. new_bytes: stored for it."""
 

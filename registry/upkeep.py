@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from adapterkit.registry import commit, queries
 from adapterkit.registry.errors import ConflictError
 from adapterkit.registry.naming import NamingSide
 
@@ -62,11 +63,21 @@ class UpkeepSide(NamingSide):
         return retention.outdated(self.list(pattern), datetime.now(UTC))
 
     def retain(self, retention: Retention, pattern: str | None = None) -> Sequence[Version]:
-        """Remove versions; those that were. One with a protected tag stays."""
+        """Remove versions; those that were. One with a protected tag, or in a recipe, stays.
+
+        Name by name it is decided and done in one step: what is tagged meanwhile is seen.
+        """
+        names = dict.fromkeys(version.name for version in self.outdated(retention, pattern))
+        return [version for name in names for version in self._retain(retention, name)]
+
+    def _retain(self, retention: Retention, name: str) -> list[Version]:
         gone = []
-        for version in self.outdated(retention, pattern):
-            try:
-                gone.append(self.rm(version.ref))
-            except ConflictError:
-                continue
+        with self.home.write() as change:
+            have = queries.versions(change.catalog, name)
+            for version in retention.outdated(have, datetime.now(UTC)):
+                try:
+                    commit.remove(change, version)
+                except ConflictError:
+                    continue
+                gone.append(version)
         return gone

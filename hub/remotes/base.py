@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from adapterkit.registry.errors import InvalidError, NotFoundError
-from adapterkit.registry.records import Attachment
+from adapterkit.registry.records import Attachment, Yank
 from adapterkit.registry.refs import LATEST, Ref
 from adapterkit.registry.versions import is_release, shortest, sort_key
 
@@ -82,27 +82,60 @@ class Remote(Protocol):
 
     def tag(self, tag: str, target: Published) -> None: ...
 
+    def yank(self, version: Published) -> Yank | None:
+        """What was last said of it, if anything was."""
+        ...
+
+    def set_yank(self, version: Published, said: Yank) -> None: ...
+
+    def target(self, name: str) -> str | None:
+        """The name that `name` has now, if it was changed."""
+        ...
+
+    def redirect(self, name: str, target: str) -> None: ...
+
 
 def find(remote: Remote, ref: Ref) -> Published:
-    """The version that `ref` means there; a bare name is the highest release, as it is locally.
+    """The version that `ref` means there; a bare name is the highest release that was not yanked,
+    as it is locally. A name that was changed means the new one, where that has such a version.
 
     Raises NotFoundError.
     """
+    now = remote.target(ref.full_name)
+    if now is not None and now != ref.full_name:
+        named = Ref.parse(now)
+        there = _matching(remote, replace(ref, namespace=named.namespace, name=named.name))
+        if there:
+            return there[-1]
+    found = _matching(remote, ref)
+    if not found:
+        raise _not_found(remote, ref, remote.versions(ref.full_name))
+    return found[-1]
+
+
+def _matching(remote: Remote, ref: Ref) -> list[Published]:
+    """The one that is meant is the last."""
     have = remote.versions(ref.full_name)
     if ref.version is not None:
-        found = [v for v in have if shortest(v.version) == shortest(ref.version)]
-    elif ref.digest is not None:
+        return [v for v in have if shortest(v.version) == shortest(ref.version)]
+    if ref.digest is not None:
         found = [v for v in have if v.id.startswith(ref.digest)]
         if len({v.id for v in found}) > 1:
             raise InvalidError(f"{ref} means several versions", hint="give more digits")
-    elif ref.tag is not None and ref.tag != LATEST:
+        return found
+    if ref.tag is not None and ref.tag != LATEST:
         tagged = remote.tags(ref.full_name).get(ref.tag)
-        found = [] if tagged is None else [tagged]
-    else:
-        found = sorted(have, key=lambda v: (is_release(v.version), sort_key(v.version)))
-    if not found:
-        raise _not_found(remote, ref, have)
-    return found[-1]
+        return [] if tagged is None else [tagged]
+    return [v for v in sorted(have, key=_rank) if not _is_yanked(remote, v)]
+
+
+def _rank(version: Published) -> tuple[bool, str]:
+    return is_release(version.version), sort_key(version.version)
+
+
+def _is_yanked(remote: Remote, version: Published) -> bool:
+    said = remote.yank(version)
+    return said is not None and said.yanked
 
 
 def _not_found(remote: Remote, ref: Ref, have: Sequence[Published]) -> NotFoundError:

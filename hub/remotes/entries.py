@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from adapterkit.hub.findings import clean
 from adapterkit.hub.remotes.base import Published
 from adapterkit.registry.attaching import fields, is_key
 from adapterkit.registry.blobs import bare
+from adapterkit.registry.clock import now
 from adapterkit.registry.errors import DamagedError, InvalidError
-from adapterkit.registry.records import Attachment
+from adapterkit.registry.naming import MAX_REASON
+from adapterkit.registry.records import Attachment, Yank
 from adapterkit.registry.refs import Ref, check_tag
 from adapterkit.registry.versions import normal
+
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+
+_OLDEST = "1970-01-01T00:00:00.000000Z"
 
 
 def is_name(text: str) -> bool:
@@ -40,6 +47,35 @@ def tagged(value: dict[str, Any], name: str, shown: str) -> tuple[str, Published
         return check_tag(value["tag"]), published(value, name, shown)
     except (KeyError, TypeError, InvalidError) as error:
         raise DamagedError(f"{shown} is not a tag: {_what(error)}") from error
+
+
+def of_yank(version: Published, said: Yank) -> dict[str, Any]:
+    state = {"yanked": said.yanked, "reason": said.reason, "since": said.since}
+    return of_version(version) | state
+
+
+def yank(value: dict[str, Any], version: Published, shown: str) -> Yank:
+    """Raises DamagedError unless it is about `version`. What was said in the future is taken for
+    the oldest: it must not outlast all that is said later."""
+    if published(value, version.name, shown) != version:
+        raise DamagedError(f"{shown} is not about {version.ref}")
+    yanked, reason, since = value.get("yanked"), value.get("reason"), value.get("since")
+    if not isinstance(yanked, bool) or not isinstance(since, str) or not _TIME.fullmatch(since):
+        raise DamagedError(f"{shown} does not say whether {version.ref} was yanked")
+    if not isinstance(reason, str) or len(reason) > MAX_REASON or not reason.isprintable():
+        raise DamagedError(f"{shown} gives no reason of one line, up to {MAX_REASON} characters")
+    return Yank(yanked, reason, since if since <= now() else _OLDEST)
+
+
+def of_redirect(name: str, target: str) -> dict[str, Any]:
+    return {"name": name, "target": target}
+
+
+def redirect(value: dict[str, Any], name: str, shown: str) -> str:
+    target = value.get("target")
+    if value.get("name") != name or not isinstance(target, str) or not is_name(target):
+        raise DamagedError(f"{shown} does not say what {name} is called now")
+    return target
 
 
 def of_attachment(attachment: Attachment) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import stat
 import uuid
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from adapterkit.registry.errors import (
     UnreachableError,
 )
 from adapterkit.registry.files import Files, storage_errors, write_new
-from adapterkit.registry.records import Attachment
+from adapterkit.registry.records import Attachment, Yank
 from adapterkit.registry.refs import Ref
 from adapterkit.registry.strictjson import canonical, digest_of, parse_object
 from adapterkit.registry.urls import Url
@@ -92,7 +93,13 @@ class FolderRemote:
         with self._errors():
             self._check()
             spaces = [(s, self.root / "refs" / s) for s in self._listing(self.root / "refs")]
-            found = [f"{space}/{name}" for space, path in spaces for name in self._listing(path)]
+            # One without versions only leads elsewhere.
+            found = [
+                f"{space}/{name}"
+                for space, path in spaces
+                for name in self._listing(path)
+                if (path / name / "versions").is_dir()
+            ]
         return [name for name in found if entries.is_name(name)]
 
     def versions(self, name: str) -> Sequence[Published]:
@@ -134,7 +141,7 @@ class FolderRemote:
     def publish(self, version: Published) -> bool:
         """A folder made beside it and renamed: that is one step, and never replaces another."""
         self._create()
-        target = self._place(version.name) / "versions" / shortest(version.version)
+        target = self._folder(version)
         part = self.temp / f"{uuid.uuid4().hex}.version"
         with self._errors():
             try:
@@ -168,6 +175,25 @@ class FolderRemote:
         path = self._place(target.name) / "tags" / f"{tag}.json"
         self._write(path, entries.of_version(target) | {"tag": tag})
 
+    def yank(self, version: Published) -> Yank | None:
+        with self._errors():
+            found = self._read_if_there(self._folder(version) / "yank.json")
+        return None if found is None else entries.yank(found[0], version, found[1])
+
+    def set_yank(self, version: Published, said: Yank) -> None:
+        self._write(self._folder(version) / "yank.json", entries.of_yank(version, said))
+
+    def target(self, name: str) -> str | None:
+        with self._errors():
+            found = self._read_if_there(self._place(name) / "moved.json")
+        return None if found is None else entries.redirect(found[0], name, found[1])
+
+    def redirect(self, name: str, target: str) -> None:
+        self._write(self._place(name) / "moved.json", entries.of_redirect(name, target))
+
+    def _folder(self, version: Published) -> Path:
+        return self._place(version.name) / "versions" / shortest(version.version)
+
     def _place(self, name: str) -> Path:
         ref = Ref.parse(name)
         return self.root / "refs" / ref.namespace / ref.name
@@ -177,6 +203,9 @@ class FolderRemote:
             return self.files.listdir(folder)
         except FileNotFoundError:
             return []
+
+    def _read_if_there(self, path: Path) -> tuple[dict[str, Any], str] | None:
+        return self._read(path) if os.path.lexists(path) else None
 
     def _read(self, path: Path) -> tuple[dict[str, Any], str]:
         """The JSON object in a small file, and how messages call it. Links are not followed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapterkit.registry.records import Attachment
+from adapterkit.registry.records import Attachment, Yank
 from adapterkit.registry.refs import Ref
 
 
@@ -18,11 +18,12 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class PushPlan:
-    """ref: NAME@VERSION, the same on both sides. missing: what the remote lacks.
+class Plan:
+    """ref: NAME@VERSION on the side that receives. missing: what that side lacks.
 
-    tags: to be set there. kept_tags: which the remote has on another version, and keeps there.
-    published: whether the remote has the version already. parts: of a recipe, what goes first.
+    tags: to be set there. kept_tags: which it has on another version, and keeps there. published:
+    whether it has the version already. yank: what is to be said of it there. former: names that are
+    to lead to it there.
     """
 
     ref: Ref
@@ -33,46 +34,41 @@ class PushPlan:
     tags: tuple[str, ...]
     kept_tags: tuple[str, ...]
     published: bool
-    parts: tuple[PushPlan, ...] = ()
+    yank: Yank | None
+    former: tuple[str, ...]
+
+    @property
+    def parts(self) -> tuple[Plan, ...]:
+        """Of a recipe, what goes first."""
+        return ()
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """All that is missing, of parts too; each blob once."""
-        return _every(self)
+        found = {piece.digest: piece for part in self.parts for piece in part.missing}
+        return tuple((found | {piece.digest: piece for piece in self.missing}).values())
 
     @property
     def size(self) -> int:
         return sum(piece.size for piece in self.pieces)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to do."""
+        left = self.pieces or self.attachments or self.tags or self.yank or self.former
+        return self.published and not left
 
 
 @dataclass(frozen=True)
-class PullPlan:
-    """source: NAME@VERSION there. ref: the same version here, maybe under another name.
+class PushPlan(Plan):
+    parts: tuple[PushPlan, ...] = ()
 
-    missing, tags, kept_tags, published, parts: as in PushPlan, the other way round.
-    """
+
+@dataclass(frozen=True)
+class PullPlan(Plan):
+    """source: NAME@VERSION there. kept_name: one that leads to it there, but is in use here."""
 
     source: Ref
-    ref: Ref
-    id: str
-    remote: str
     manifest: bytes
-    missing: tuple[Piece, ...]
-    attachments: tuple[Attachment, ...]
-    tags: tuple[str, ...]
-    kept_tags: tuple[str, ...]
-    published: bool
+    kept_name: str = ""
     parts: tuple[PullPlan, ...] = ()
-
-    @property
-    def pieces(self) -> tuple[Piece, ...]:
-        return _every(self)
-
-    @property
-    def size(self) -> int:
-        return sum(piece.size for piece in self.pieces)
-
-
-def _every(plan: PushPlan | PullPlan) -> tuple[Piece, ...]:
-    found = {piece.digest: piece for part in plan.parts for piece in part.missing}
-    return tuple((found | {piece.digest: piece for piece in plan.missing}).values())

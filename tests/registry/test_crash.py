@@ -23,6 +23,7 @@ from adapterkit.registry import (
 from adapterkit.registry.files import Files
 from adapterkit.registry.log import Log, Place
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*was yanked")
 FILES = {"w.bin": b"weights", "config.json": b"{}"}
 LORA = Meaning({"kind": "LORA"})
 ADDER = """
@@ -41,8 +42,14 @@ def change(registry: Registry) -> None:
     registry.attach("sql", "note", b"hello")
     registry.tag("sql", "prod")
     registry.rm("sql:best")
+    registry.undo("sql:best")
+    registry.protect("sql:prod")
+    registry.protect("sql:prod", False)
     registry.add("sql", {"w.bin": b"second"}, LORA)
     registry.rm("sql@1.0")
+    registry.yank("sql@1.1", "bad")
+    registry.unyank("sql@1.1")
+    registry.mv("sql", "team/sql")
 
 
 def check(home: Path) -> int:

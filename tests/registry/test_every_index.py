@@ -19,10 +19,14 @@ from adapterkit.hub import sync
 from adapterkit.hub.remotes.folder import FolderRemote
 from adapterkit.registry import AdapterError, AdapterWarning, Meaning, Registry
 from adapterkit.registry.files import Files
+from adapterkit.registry.retention import Retention
 from adapterkit.registry.urls import parse_url
 from adapterkit.registry.verify import verify
 
-pytestmark = pytest.mark.timeout(3000)  # the full figures take their time
+pytestmark = [
+    pytest.mark.timeout(3000),  # the full figures take their time
+    pytest.mark.filterwarnings("ignore:.*was yanked"),
+]
 NOW = timedelta(0)
 LORA = Meaning({"kind": "LORA"})
 Act = Callable[[Path, Files], None]
@@ -79,6 +83,26 @@ def attach(folder: Path, files: Files) -> None:
         registry.attach("sql@1.0", "metrics", b'{"loss":1}')
 
 
+def yank(folder: Path, files: Files) -> None:
+    with opened(folder, files) as registry:
+        registry.yank("sql@1.0", "bad")
+
+
+def protect(folder: Path, files: Files) -> None:
+    with opened(folder, files) as registry:
+        registry.protect("sql:best")
+
+
+def mv(folder: Path, files: Files) -> None:
+    with opened(folder, files) as registry:
+        registry.mv("sql", "team/sql")
+
+
+def retain(folder: Path, files: Files) -> None:
+    with opened(folder, files) as registry:
+        registry.retain(Retention(keep_last=1))
+
+
 def gc(folder: Path, files: Files) -> None:
     with opened(folder, files) as registry:
         registry.gc(NOW)
@@ -101,7 +125,10 @@ def pull(folder: Path, files: Files) -> None:
         sync.pull(registry, sync.plan_pull(registry, there, "far"), there)
 
 
-ACTS = {act.__name__: act for act in (add, create, tag, rm, attach, gc, rebuild, push, pull)}
+ACTS = {
+    act.__name__: act
+    for act in (add, create, tag, rm, attach, yank, protect, mv, retain, gc, rebuild, push, pull)
+}
 
 
 def state(folder: Path) -> object:
@@ -114,7 +141,9 @@ def state(folder: Path) -> object:
                 registry.files(version.ref)
                 attached = [(a.kind, registry.read_attachment(a))
                             for a in registry.attachments(version.ref)]  # fmt: skip
-                found.append((str(version.ref), version.id, version.tags, attached))
+                protected = registry.home.read(lambda c: c.rows("SELECT * FROM protected"))
+                marks = (version.tags, version.yanked, tuple(map(str, protected)))
+                found.append((str(version.ref), version.id, marks, attached))
     there = remote(folder)
     for name in there.names():
         found += [(str(v.ref), v.id) for v in there.versions(name)]

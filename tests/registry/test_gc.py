@@ -291,6 +291,24 @@ def test_retention_keeps_the_last_the_tagged_and_what_the_name_means(registry, a
     assert [v.version for v in registry.versions("sql")] == ["1.2", "1.4", "2.0rc1"]
 
 
+def test_what_is_tagged_while_it_is_decided_stays(registry, add):
+    """It is decided again in the step that removes."""
+    for n in range(3):
+        add(b"%d" % n)
+
+    class Meanwhile(Retention):
+        def outdated(self, versions, now):
+            found = super().outdated(versions, now)
+            if registry.history("sql")[-1].kind != "tag":
+                with Registry(registry.home.path) as other:
+                    other.tag("sql@1.0", "prod")
+            return found
+
+    gone = registry.retain(Meanwhile(keep_last=1, keep_tagged=True))
+    assert [v.version for v in gone] == ["1.1"]
+    assert registry.resolve("sql:prod").version == "1.0"
+
+
 ADDER = """
 import sys
 from pathlib import Path

@@ -21,7 +21,10 @@ from adapterkit.registry import Meaning, Registry
 from adapterkit.registry.files import Files
 from adapterkit.registry.verify import verify
 
-pytestmark = pytest.mark.timeout(3000)  # the full figures take their time
+pytestmark = [
+    pytest.mark.timeout(3000),  # the full figures take their time
+    pytest.mark.filterwarnings("ignore:.*was yanked"),
+]
 NOW = timedelta(0)
 
 
@@ -225,6 +228,9 @@ def tell(folder: Path) -> Story:
             lambda: registry.gc(NOW),
             lambda: registry.put_blob(b"one" * 9, blob_name(b"one" * 9)),
             lambda: registry.gc(NOW),
+            lambda: registry.yank("sql@1.1", "bad"),
+            lambda: registry.tag("sql@1.1", "safe"),
+            lambda: registry.protect("sql:safe"),
             lambda: registry.mv("sql", "team/sql"),
         ]
         for change in changes:

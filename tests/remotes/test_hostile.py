@@ -186,6 +186,68 @@ def test_an_attachment_that_lies(there, remote, pushed, change):
     refused(there, remote)
 
 
+YANK = {"yanked": True, "reason": "bad", "since": "2026-01-01T00:00:00.000000Z"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"yanked": 1},
+        {"reason": "\x1b[31m"},
+        {"reason": "x" * 5000},
+        {"reason": None},
+        {"since": "soon"},
+        {"since": "2026-01-01T00:00:00Z" + "0" * 99},
+        {"version": "2.0"},
+        {"id": "0" * 64},
+    ],
+    ids=ascii,
+)
+def test_a_yank_that_is_none(here, there, remote, pushed, change):
+    path = pushed / "refs" / "team" / "sql" / "versions" / "1" / "yank.json"
+    version = json.loads((path.parent / "version.json").read_bytes())
+    path.write_bytes(canonical(version | YANK))
+    assert sync.plan_pull(there, remote, "team/sql@1.0").yank.reason == "bad"
+    path.write_bytes(canonical(version | YANK | change))
+    assert "yank.json" in refused(there, remote)
+
+
+def test_a_yank_of_the_future_does_not_hold_for_ever(here, there, remote, pushed):
+    path = pushed / "refs" / "team" / "sql" / "versions" / "1" / "yank.json"
+    version = json.loads((path.parent / "version.json").read_bytes())
+    path.write_bytes(canonical(version | YANK | {"since": "9999-01-01T00:00:00.000000Z"}))
+    sync.pull(there, sync.plan_pull(there, remote, "team/sql@1.0"), remote)
+    assert there.resolve("team/sql@1.0").yanked == "bad"
+    there.unyank("team/sql@1.0")
+    assert sync.plan_pull(there, remote, "team/sql@1.0").yank is None
+    sync.push(there, sync.plan_push(there, "team/sql@1.0", remote), remote)
+    assert json.loads(path.read_bytes())["yanked"] is False
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"name": "team/sql", "target": "../../etc"},
+        {"name": "team/sql", "target": 5},
+        {"name": "other/x", "target": "team/new"},
+        {"name": "team/sql"},
+    ],
+    ids=ascii,
+)
+def test_a_name_that_leads_nowhere_good(there, remote, pushed, value):
+    (pushed / "refs" / "team" / "sql" / "moved.json").write_bytes(canonical(value))
+    assert "moved.json" in refused(there, remote)
+
+
+def test_a_name_that_leads_in_a_circle_is_itself(there, remote, pushed):
+    (pushed / "refs" / "team" / "loop").mkdir()
+    for name, target in (("sql", "team/loop"), ("loop", "team/sql")):
+        path = pushed / "refs" / "team" / name / "moved.json"
+        path.write_bytes(canonical({"name": f"team/{name}", "target": target}))
+    sync.pull(there, sync.plan_pull(there, remote, "team/sql@1.0"), remote)
+    assert [str(v.ref) for v in there.list()] == ["team/sql@1.0"]
+
+
 def test_metrics_that_are_none(there, remote, pushed):
     (path,) = (pushed / "attachments").rglob("*.json")
     value = json.loads(path.read_bytes())

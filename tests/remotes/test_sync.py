@@ -19,6 +19,8 @@ from adapterkit.registry import (
 )
 from adapterkit.registry.errors import RemoteError
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*was yanked")
+
 
 def push(registry, ref, remote, **options):
     plan = sync.plan_push(registry, ref, remote, **options)
@@ -221,6 +223,74 @@ def test_a_full_disk_there_is_a_failure_of_the_remote(here, remote, faults):
     remote.blobs.files = faults.Counting(full)
     with pytest.raises(RemoteError, match="No space left"):
         push(here, "team/sql", remote)
+
+
+def test_a_yank_travels_both_ways_and_what_was_said_last_holds(here, there, remote):
+    push(here, "team/sql@1.0", remote), push(here, "team/sql@1.1", remote)
+    pull(there, remote, "team/sql@1.1")
+    here.yank("team/sql@1.1", "wrong data")
+    assert push(here, "team/sql@1.1", remote).yank.reason == "wrong data"
+    assert push(here, "team/sql@1.1", remote).is_done
+    assert find(remote, Ref.parse("team/sql")).version == "1.0"  # as it is here
+    assert there.resolve("team/sql@1.1").yanked is None
+    assert pull(there, remote, "team/sql@1.1").yank.yanked
+    assert there.resolve("team/sql@1.1").yanked == "wrong data"
+    assert pull(there, remote, "team/sql@1.1").is_done
+    assert push(there, "team/sql@1.1", remote).is_done
+
+    here.unyank("team/sql@1.1")  # said later than the yank, though before `there` heard of it again
+    push(here, "team/sql@1.1", remote)
+    assert pull(there, remote, "team/sql@1.1").yank == here.yank_of("team/sql@1.1")
+    assert there.resolve("team/sql@1.1").yanked is None
+    there.yank("team/sql@1.1", "even so")
+    assert pull(there, remote, "team/sql@1.1").yank is None  # older than that
+    assert push(there, "team/sql@1.1", remote).yank.reason == "even so"
+    assert pull(here, remote, "team/sql@1.1").yank.reason == "even so"
+
+
+def test_a_yank_outlives_a_rebuild_and_a_removal(here, there, remote):
+    here.yank("team/sql@1.0", "bad")
+    push(here, "team/sql@1.0", remote)
+    pull(there, remote, "team/sql@1.0")
+    said = there.yank_of("team/sql@1.0")
+    assert said == here.yank_of("team/sql@1.0")
+    there.rebuild()
+    assert there.yank_of("team/sql@1.0") == said and there.verify().damage == ()
+    there.rm("team/sql@1.0")
+    pull(there, remote, "team/sql@1.0")
+    assert there.resolve("team/sql@1.0").yanked == "bad"
+
+
+def test_a_name_that_was_changed_leads_to_the_new_one_there_too(here, there, remote):
+    push(here, "team/sql@1.0", remote)
+    here.mv("team/sql", "team/query")
+    plan = push(here, "team/query@1.1", remote)
+    assert plan.former == ("team/sql",) and push(here, "team/query@1.1", remote).is_done
+    assert find(remote, Ref.parse("team/sql")).ref == Ref.parse("team/query@1.1")
+    assert find(remote, Ref.parse("team/sql@1.0")).name == "team/sql"  # only pushed under that
+    assert remote.names() == ["team/query", "team/sql"]
+    assert str(pull(there, remote, "team/sql").ref) == "team/query@1.1"
+    assert there.resolve("team/sql").ref == there.resolve("team/query").ref
+    there.rebuild()
+    assert there.resolve("team/sql").name == "team/query" and there.verify().damage == ()
+    assert pull(there, remote, "team/sql").is_done
+
+
+def test_a_name_that_is_in_use_here_does_not_become_another(here, there, remote):
+    there.add("team/sql", {"w": b"mine"}, Meaning({}))
+    here.mv("team/sql", "team/query")
+    push(here, "team/query@1.0", remote)
+    plan = pull(there, remote, "team/sql")
+    assert (plan.former, plan.kept_name) == ((), "team/sql")
+    assert there.files("team/sql").keys() == {"w"}
+    assert pull(there, remote, "team/sql", "other").kept_name == ""
+
+
+def test_protection_stays_where_it_was_given(here, there, remote):
+    here.protect("team/sql:best")
+    push(here, "team/sql@1.0", remote)
+    pull(there, remote, "team/sql@1.0")
+    there.untag("team/sql:best")
 
 
 def test_aliases(here, remote, tmp_path):
