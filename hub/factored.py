@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapterkit.hub.blend.factors import Factors, norm
 from adapterkit.hub.formats.peft_write import Part
-from adapterkit.hub.tensors import DTYPES
+from adapterkit.hub.tensors import DTYPES, is_finite
 from adapterkit.registry.errors import InvalidError
 
 
@@ -31,7 +31,7 @@ def fitting_dtype(every: Collection[Factors], wanted: str, *, exact: bool) -> st
     if exact and wanted != "F32" and not all(_is_exact(f, wanted) for f in every):
         wanted = "F32"
     dtype = DTYPES[wanted]
-    if not all(torch.isfinite(t.to(dtype)).all() for f in every for t in (f.B, f.A)):
+    if not all(is_finite(t.to(dtype)) for f in every for t in (f.B, f.A)):
         raise InvalidError(f"the factors are too large for {dtype}", hint="--dtype float32")
     return wanted
 
@@ -43,19 +43,25 @@ def _is_exact(factors: Factors, dtype: str) -> bool:
 
 def stored(factors: Factors, rank: int, dtype: str) -> Written:
     """Filled up with zeros to the rank, and rounded."""
-    n_out, n_in = factors.shape
     b, a = (t.to(DTYPES[dtype]) for t in (factors.B, factors.A))
-    # of B' A' - B A = (B' - B) A' + B (A' - A), as nothing cancels in it
+    rounding = 0.0 if b is factors.B and a is factors.A else _rounding(factors, b, a)
+    if factors.rank < rank:
+        n_out, n_in = factors.shape
+        wide, high = b.new_zeros(n_out, rank), a.new_zeros(rank, n_in)
+        wide[:, : factors.rank], high[: factors.rank] = b, a
+        b, a = wide, high
+    return Written(part(a, dtype), part(b, dtype), rounding)
+
+
+def _rounding(factors: Factors, b: Tensor, a: Tensor) -> float:
+    """|b a - change| / |change|."""
+    # of b a - B A = (b - B) a + B (a - A), as nothing cancels in it
     lost = Factors(
-        torch.cat((b.double() - factors.B, factors.B), dim=1),
+        torch.cat((b.double() - factors.B, factors.B.double()), dim=1),
         torch.cat((a.double(), a.double() - factors.A)),
     )
     size = norm(factors)
-    rounding = norm(lost) / size if size else 0.0
-    wide = b.new_zeros(n_out, rank)
-    high = a.new_zeros(rank, n_in)
-    wide[:, : factors.rank], high[: factors.rank] = b, a
-    return Written(part(high, dtype), part(wide, dtype), rounding)
+    return norm(lost) / size if size else 0.0
 
 
 def vector(values: Tensor | None, size: int, dtype: str) -> Part:

@@ -34,6 +34,11 @@ def read_tensor(stored: Stored) -> Tensor:
     return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; a NaN is both the least and the largest."""
+    return not tensor.numel() or all(torch.isfinite(end) for end in torch.aminmax(tensor))
+
+
 def read_finite(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
     """All tensors, float32. DamagedError names each that is not finite, or too large for that."""
     tensors = {place: read_tensor(stored) for place, stored in adapter.tensors.items()}
@@ -41,7 +46,7 @@ def read_finite(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
     broken = [
         adapter.tensors[place].key
         for place, tensor in tensors.items()
-        if not torch.isfinite(tensor).all()
+        if not is_finite(tensor)
     ]
     if broken:
         shown = ", ".join(map(clean, broken[:10]))

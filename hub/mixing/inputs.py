@@ -50,16 +50,19 @@ class Input:
 
     @cached_property
     def tensors(self) -> Mapping[Place, Tensor]:
-        """Of the kind's own, and what replaces parts of the base; float64."""
+        """Of the kind's own, and what replaces parts of the base. float64, but for plain factors:
+        nothing is computed with those before they are put side by side."""
         from adapterkit.hub.tensors import read_finite
 
+        fields = self.adapter.fields
+        plain = self.adapter.kind == "lora" and not fields.dora and not fields.lora_bias
         return {
-            place: tensor.double()
+            place: tensor if plain and not is_replacing(place[1]) else tensor.double()
             for place, tensor in read_finite(self.adapter).items()
             if not place[1].startswith("wrapper.")
         }
 
-    @property
+    @cached_property
     def modules(self) -> list[str]:
         """Those it changes otherwise than by replacing parts of them."""
         own = {module for module, role in self.adapter.tensors if not is_replacing(role)}
@@ -71,8 +74,11 @@ class Input:
 
     def primitives(self, module: str) -> tuple[Primitive, ...]:
         """What it does to one module, without what it replaces there."""
-        own = {place: t for place, t in self.tensors.items() if not is_replacing(place[1])}
-        return lowered_at(self.ground, module, own)
+        return lowered_at(self.ground, module, self._own)
+
+    @cached_property
+    def _own(self) -> Mapping[Place, Tensor]:
+        return {place: t for place, t in self.tensors.items() if not is_replacing(place[1])}
 
 
 def pairs(sources: Weighted) -> list[tuple[Source, float]]:
@@ -106,12 +112,19 @@ def read_inputs(
         adapter.require_sound()
         ground = Ground.of(adapter, base, quantization)
         _require_weights(ground)
-        root = tensors_root(adapter.tensors)
+        root = _root(folder, adapter)
         found.append(Input(clean(folder.name), float(weight), folder, ground, root, place))
     _require_one_base(found)
     _require_one_shape(found)
     found.sort(key=lambda one: (one.root, one.name, one.weight))
     return [replace(one, index=index) for index, one in enumerate(found)]
+
+
+def _root(folder: Folder, adapter: Adapter) -> str:
+    """Of a version, as its manifest has it, which was checked when it arrived."""
+    record = folder.manifest.adapter.get("tensors") if folder.manifest is not None else None
+    known = record.get("root") if isinstance(record, Mapping) else None
+    return known if isinstance(known, str) else f"sha256:{tensors_root(adapter.tensors)}"
 
 
 def joined(inputs: Sequence[Input]) -> list[Input]:

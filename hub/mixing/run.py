@@ -61,9 +61,10 @@ class Mix:
         name = "sum" if chosen.rank == AUTO and chosen.method == "svd" else chosen.method
         self._method = method(name, self._settings)
         self._patterns = Patterns()
-        exact = chosen.method in LINEAR_METHODS and chosen.rank is None
+        self._exact = chosen.method in LINEAR_METHODS and chosen.rank is None
         # a DoRA is one for all of its modules
-        self._dora = exact and any(getattr(one.adapter.fields, "dora", False) for one in inputs)
+        doras = [one for one in inputs if getattr(one.adapter.fields, "dora", False)]
+        self._dora = self._exact and bool(doras)
 
     def run(self, modules: Sequence[str]) -> Found:
         found = Found()
@@ -77,7 +78,8 @@ class Mix:
         factors, error, needed = self._factors(module, here)
         if self._dora:
             factors, found.magnitudes[module] = self._magnitude(module, factors, here)
-        size = norm(factors) / math.sqrt(1 - error**2) if error < 1 else 0.0
+        # what is exact everywhere has no error that a size would have to weigh
+        size = norm(factors) / math.sqrt(1 - error**2) if not self._exact and error < 1 else 0.0
         found.factors[module] = factors
         found.rows.append(Converted(module, needed, factors.rank, error, 0.0, size))
         if here.shift is not None:
