@@ -28,6 +28,8 @@ from adapterkit.registry.errors import MismatchError
 
 CACHE, FLAGS, MASK, POSITIONS = "past_key_values", "block_flag", "attention_mask", "position_ids"
 EMBEDS, LENGTH = "inputs_embeds", "past_key_values_length"
+# (start, number) of rows that are no tokens
+Rows = list[tuple[int, int]]
 # Ends of the classes that label a sequence as a whole.
 WHOLE = ("ForSequenceClassification", "ForMultipleChoice")
 
@@ -45,6 +47,7 @@ class Context:
         self._flags: object = None
         self._starts = False  # whether the forward that runs is the first of its sequence
         self._entered = False  # whether the body took part in it
+        self._labels = False  # whether it has labels, which virtual positions share
 
     def plan(
         self, active: Mapping[str, float], lowered: Mapping[str, Lowered]
@@ -115,19 +118,33 @@ class Context:
 
     def _run_model(self, original: Forward, call: Call) -> Any:
         """The whole model: what only it knows of the call."""
-        self._flags = call.pop(FLAGS, None)
+        self._flags, self._entered = call.pop(FLAGS, None), False
         found = self._standing
-        if found is not None and self._keep and not (self._whole or self._is_pair):
-            inputs.extend_labels(call, found.n_front + found.n_embedded)
-        self._entered = False
+        # a loss counts the first real token, which only the last virtual position foretells
+        rows = [] if found is None or self._whole or self._is_pair else _inserted(found)
+        if self._keep:
+            inputs.shift_spans(call, rows)
+        self._labels = bool(rows) and inputs.extend_labels(call, rows)
         try:
-            output = original(**call)
+            output = self._labelled(original, call, rows) if self._labels else original(**call)
         finally:
-            self._flags = None
+            self._flags, self._labels = None, False
         if found is not None and not self._entered:
             name = type(self._model).__name__
             raise MismatchError(f"{name} does not call what prefixes and prompts are put before")
         return output
+
+    def _labelled(self, original: Forward, call: Call, rows: Rows) -> Any:
+        """The model with a loss over all positions, and outputs without virtual ones."""
+        wanted = call.pop("return_dict", None)
+        output = original(**call, return_dict=True)
+        for start, n in [] if self._keep else reversed(rows):
+            output = outputs.cut(output, start, n, outputs.HEAD)
+        return self._as_wanted(output, wanted)
+
+    def _as_wanted(self, output: Any, wanted: bool | None) -> Any:
+        as_dict = self._model.config.return_dict if wanted is None else wanted
+        return output if as_dict else output.to_tuple()
 
     def _run_body(self, original: Forward, call: Call) -> Any:
         """The model without its head: it sees what stands in front, and its head does not."""
@@ -152,13 +169,12 @@ class Context:
         caches.mark(output.get(CACHE), found.activation)
         if self._starts:
             output = self._cut(output, found)
-        as_dict = self._model.config.return_dict if wanted is None else wanted
-        return output if as_dict else output.to_tuple()
+        return self._as_wanted(output, wanted)
 
     def _cut(self, output: Any, found: Standing) -> Any:
         """The output as a head expects it. A label of a whole sequence comes from its first
         position in an encoder, which virtual tokens take, and elsewhere from the last real one."""
-        if self._keep and (self._encodes or not self._whole):
+        if self._labels or (self._keep and (self._encodes or not self._whole)):
             return output
         names = outputs.LAYERS if self._whole and self._encodes else outputs.ALL
         for start, n in reversed(_inserted(found)):
@@ -251,7 +267,7 @@ def _tokens(call: Call) -> Tensor:
     return embeds
 
 
-def _inserted(found: Standing) -> list[tuple[int, int]]:
+def _inserted(found: Standing) -> Rows:
     """(start, number) of all rows that became positions, in the order they were put in."""
     front = [(0, found.n_front)] if found.n_front else []
     return front + [(int(behind), len(rows)) for rows, behind in found.embedded]

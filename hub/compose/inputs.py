@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -107,9 +108,21 @@ def require_aligned(call: Call, family: str) -> None:
         )
 
 
-def extend_labels(call: Call, n: int) -> None:
-    """Virtual positions have no label; a sequence that has one as a whole has no more."""
+def extend_labels(call: Call, rows: Iterable[tuple[int, int]]) -> bool:
+    """Whether tokens have labels; virtual ones, (start, number), get one that counts nowhere."""
     labels = call.get("labels")
-    if n and isinstance(labels, Tensor) and labels.ndim == 2:
-        front = labels.new_full((labels.shape[0], n), IGNORED)
-        call["labels"] = torch.cat([front, labels], dim=1)
+    if not isinstance(labels, Tensor) or labels.ndim != 2:
+        return False
+    for start, n in rows:
+        none = labels.new_full((labels.shape[0], n), IGNORED)
+        labels = torch.cat([labels[:, :start], none, labels[:, start:]], dim=1)
+    call["labels"] = labels
+    return True
+
+
+def shift_spans(call: Call, rows: Iterable[tuple[int, int]]) -> None:
+    """Where answers start and end, behind virtual tokens, if outputs have positions for those."""
+    n = sum(number for _, number in rows)
+    for name in ("start_positions", "end_positions"):
+        if n and isinstance(call.get(name), Tensor):
+            call[name] = call[name] + n

@@ -11,6 +11,7 @@ from torch import Tensor
 # Where positions are counted: hidden states are (batch, length, width), attentions (batch, heads,
 # length, keys), one for each layer.
 LAYERS = {"hidden_states": 1, "attentions": -2}
+HEAD = {"logits": 1, **LAYERS}
 ALL = {"last_hidden_state": 1, **LAYERS}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from adapterkit.hub.compose import caches, inputs
+from adapterkit.hub.compose import caches, inputs, outputs
 from adapterkit.hub.compose.inputs import Call
 from adapterkit.hub.compose.standing import Standing
 from adapterkit.hub.compose.swap import Forward, Swap
@@ -56,8 +56,11 @@ class TwoStacks:
             self._extend_encoder_mask(call, found)
         if found.n_keys:
             self._start_decoder(call, found, seen)
-        wanted = call.pop("return_dict", None)
+        wanted, kept = call.pop("return_dict", None), call.get("use_cache")
+        kept = self._model.config.use_cache if kept is None else kept
         output = original(**call, return_dict=True)
+        if cache is None and not kept:  # the one that a prefix was written to is no other's
+            output = outputs.without(output, CACHE)
         caches.mark(output.get(CACHE), found.activation)
         as_dict = self._model.config.return_dict if wanted is None else wanted
         return output if as_dict else output.to_tuple()
