@@ -19,6 +19,7 @@ from adapterkit.hub.locate import Source, locate
 from adapterkit.hub.made import Made, input_of, origin_of, tool
 from adapterkit.hub.offline import Ground, lowered
 from adapterkit.hub.read import read_adapter
+from adapterkit.hub.rooting import rooted
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import for_task
 from adapterkit.registry.errors import InvalidError, MismatchError
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 HALVES = ("F16", "BF16")
+REPEATED = ("wrapper.", "frozen.")
 # Of modules that PEFT's LoRA gives two factors; routers of experts are OTHER.
 TYPES = (LINEAR, CONV1D, EMBEDDING, OTHER)
 
@@ -119,6 +121,7 @@ def convert(
     adapter = read_adapter(folder, chosen.allow_fields)
     adapter.require_sound()
     described = fitting(folder, adapter, base, chosen)
+    adapter = rooted(adapter, described) if described is not None else adapter
     ground = Ground.of(adapter, described, chosen.quantization)
     return _converted(folder, ground, rank, chosen)
 
@@ -183,14 +186,14 @@ def _converted(folder: Folder, ground: Ground, rank: int | None, chosen: Options
 
 
 def _split(adapter: Adapter) -> tuple[list[Place], list[Place]]:
-    """(what PEFT's LoRA carries beside its factors, the kind's own). What PEFT's wrappers repeat of
-    a saved module is neither."""
+    """(what PEFT's LoRA carries beside its factors, the kind's own). What a file repeats of the
+    base, or PEFT's wrappers of a saved module, is neither."""
     carried, own = [], []
     for place in adapter.tensors:
         role = place[1]
         if peft_write.is_replacing(role):
-            carried += [] if role.startswith("wrapper.") else [place]
-        else:
+            carried += [] if role.startswith(REPEATED) else [place]
+        elif not role.startswith(REPEATED):
             own.append(place)
     return carried, own
 
@@ -202,7 +205,7 @@ def _changes(ground: Ground, own: Collection[Place]) -> Iterator[tuple[str, Chan
     tensors = {
         place: tensor.double()
         for place, tensor in read_finite(ground.adapter).items()
-        if not place[1].startswith("wrapper.")
+        if not place[1].startswith(REPEATED)
     }
     strange = []
     for name, made in lowered(ground, tensors):

@@ -7,21 +7,24 @@ anybody gets it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.fields import Ia3Fields, LoraFields, ReplacedFields
+from adapterkit.hub.fields import LoraFields, ReplacedFields
 from adapterkit.hub.findings import clean
 from adapterkit.hub.formats.files import CONFIG
 from adapterkit.hub.formats.peft import WEIGHTS
 from adapterkit.hub.formats.peft_config import MAX_RANK
 from adapterkit.hub.formats.peft_keys import PREFIX, ROOT
-from adapterkit.hub.formats.peft_type import PEFT_TYPES, PeftType, peft_type
+from adapterkit.hub.formats.peft_prompt import PROMPT
+from adapterkit.hub.formats.peft_type import PeftType, peft_type
 from adapterkit.hub.formats.safetensors_write import Part, dump
 from adapterkit.registry.errors import InvalidError
 
 Place = tuple[str, str]
+FORKS = ("BOTTLENECK",)
+PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 # Tasks for which PEFT adds the head to `modules_to_save`, whatever the config says.
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -31,11 +34,22 @@ def files(config: Mapping[str, Any], parts: Mapping[Place, Part]) -> dict[str, b
 
     Raises InvalidError naming each tensor that PEFT's type has no key for.
     """
-    row = peft_type(str(config["peft_type"]), config, ())
-    keys = _keys(row, parts.keys())
+    if config["peft_type"] in PROMPTS:
+        keys = {place: _prompt_key(place) for place in parts}
+    else:
+        keys = _keys(peft_type(str(config["peft_type"]), config, ()), parts.keys())
+    return _files(config, {keys[place]: part for place, part in parts.items()})
+
+
+def _files(config: Mapping[str, Any], tensors: Mapping[str, Part]) -> dict[str, bytes]:
     text = json.dumps(dict(config), indent=2, sort_keys=True)
-    weights = dump({keys[place]: part for place, part in parts.items()})
-    return {CONFIG: f"{text}\n".encode(), WEIGHTS[0]: weights}
+    return {CONFIG: f"{text}\n".encode(), WEIGHTS[0]: dump(tensors)}
+
+
+def _prompt_key(place: Place) -> str:
+    """These types have one tensor of their own, and heads without the half of the prefix."""
+    module, role = place
+    return f"{ROOT}{module}.{role.removeprefix('replace.')}" if module else PROMPT
 
 
 def _keys(row: PeftType, places: Collection[Place]) -> dict[Place, str]:
@@ -79,7 +93,7 @@ def lora_config(
     """Of a plain LoRA of one rank with the scale 1, which needs no pattern and no rsLoRA to be
     right: alpha is the rank. modules: those that have factors."""
     fields = LoraFields(rank, rank, lora_bias=lora_bias, replaced=adapter.fields.replaced)
-    return _common(adapter, modules, _factored(adapter)) | _lora(fields, {})
+    return _common(adapter, modules, _factored(adapter)) | _lora(fields)
 
 
 def _factored(adapter: Adapter) -> set[str]:
@@ -89,26 +103,6 @@ def _factored(adapter: Adapter) -> set[str]:
 
 def is_replacing(role: str) -> bool:
     return role in ("tokens", "table") or role.startswith(("replace.", "wrapper."))
-
-
-def config_of(adapter: Adapter) -> dict[str, Any]:
-    """The config with which PEFT reads this adapter. Raises InvalidError where PEFT has no type for
-    its kind."""
-    if adapter.format == "peft" and "peft_type" in adapter.config:
-        return dict(adapter.config)
-    make = CONFIGS.get(adapter.kind)
-    if make is None:
-        known = ", ".join(sorted({*PEFT_TYPES, *map(str.upper, CONFIGS)}))
-        raise InvalidError(
-            f"{clean(adapter.name)} is of the kind {adapter.kind}, for which PEFT has no type",
-            hint=f"PEFT has {known}; adapter convert may make a LoRA of it",
-        )
-    own = _factored(adapter)
-    return _common(adapter, own, own) | make(adapter.fields, _shapes(adapter))
-
-
-def _shapes(adapter: Adapter) -> dict[Place, tuple[int, ...]]:
-    return {place: stored.shape for place, stored in adapter.tensors.items()}
 
 
 def _common(adapter: Adapter, modules: Collection[str], own: Collection[str]) -> dict[str, Any]:
@@ -133,8 +127,9 @@ def _common(adapter: Adapter, modules: Collection[str], own: Collection[str]) ->
         "inference_mode": True,
         "target_modules": names,
         "modules_to_save": _listed(targets.saved),
-        "bias": adapter.fields.replaced.bias,
     }
+    if adapter.fields.replaced.bias != "none":
+        found["bias"] = adapter.fields.replaced.bias
     return found | _tokens(adapter.fields.replaced)
 
 
@@ -158,14 +153,14 @@ def _listed(value: Any) -> Any:
     return (list(value) or None) if isinstance(value, tuple) else value or None
 
 
-def _lora(fields: LoraFields, shapes: Mapping[Place, tuple[int, ...]]) -> dict[str, Any]:
+def _lora(fields: LoraFields) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "r": fields.rank,
-        "lora_alpha": _number(fields.alpha),
+        "lora_alpha": number(fields.alpha),
         "lora_dropout": 0.0,
         "rank_pattern": dict(fields.ranks),
-        "alpha_pattern": {name: _number(alpha) for name, alpha in fields.alphas.items()},
+        "alpha_pattern": {name: number(alpha) for name, alpha in fields.alphas.items()},
         "use_rslora": fields.rslora,
         "use_dora": fields.dora,
         "lora_bias": fields.lora_bias,
@@ -174,27 +169,42 @@ def _lora(fields: LoraFields, shapes: Mapping[Place, tuple[int, ...]]) -> dict[s
     }
 
 
-def _ia3(fields: Ia3Fields, shapes: Mapping[Place, tuple[int, ...]]) -> dict[str, Any]:
-    inputs = sorted(m for (m, role), shape in shapes.items() if role == "gain" and shape[0] == 1)
-    said = fields.feedforward
-    named = list(said) if isinstance(said, tuple) else said
-    return {"peft_type": "IA3", "feedforward_modules": inputs if named is None else named}
-
-
-def _number(value: float) -> float:
+def number(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-Make = Callable[[Any, Mapping[Place, tuple[int, ...]]], dict[str, Any]]
-# kind -> its fields of PEFT's config, for adapters that other tools wrote
-CONFIGS: dict[str, Make] = {"lora": _lora, "ia3": _ia3}
-
-
 def written(adapter: Adapter) -> dict[str, bytes]:
-    """The adapter as PEFT reads it, its tensors as they are, without what PEFT's wrappers repeat of
-    saved modules. Raises InvalidError where PEFT has no type for it."""
-    kept = {place: s for place, s in adapter.tensors.items() if not place[1].startswith("wrapper.")}
-    return files(config_of(adapter), {place: Part.of(stored) for place, stored in kept.items()})
+    """What PEFT wrote, as PEFT writes it now: in safetensors, the adapter's name left out of keys.
+
+    Raises InvalidError for what only a fork of PEFT reads."""
+    name = str(adapter.config["peft_type"])
+    if name in FORKS or peft_type(name, {}, ()).kind != adapter.kind:
+        raise InvalidError(
+            f"{clean(adapter.name)} is of the kind {adapter.kind}, which a fork of PEFT wrote and"
+            " PEFT itself does not read, or reads as something else",
+            hint="adapter convert makes a plain LoRA of it",
+        )
+    named = any(finding.code == "adapter-name-in-keys" for finding in adapter.findings)
+    if named:
+        parts = {place: Part.of(stored) for place, stored in adapter.tensors.items()}
+        return files(adapter.config, parts)
+    tensors = {stored.key: Part.of(stored) for stored in adapter.tensors.values()}
+    return _files(adapter.config, tensors)
 
 
-__all__ = ["MAX_RANK", "Part", "Place", "files", "is_replacing", "lora_config", "written"]
+def config_of(
+    adapter: Adapter, own: Mapping[str, Any], modules: Collection[str], task: str | None
+) -> dict[str, Any]:
+    """The fields of a type, and what all types have. modules: those that have tensors of it. task:
+    of the model, without which PEFT does not put a prompt in front of it."""
+    if own["peft_type"] in PROMPTS:
+        found = {"task_type": task, "modules_to_save": _listed(adapter.targets.saved)}
+        found |= {"base_model_name_or_path": adapter.base_name, "revision": adapter.revision}
+        return found | {"inference_mode": True, **own}
+    return {**_common(adapter, modules, ()), **own}
+
+
+__all__ = [
+    "MAX_RANK", "Part", "Place", "config_of", "files", "is_replacing", "lora_config", "number",
+    "written",
+]  # fmt: skip

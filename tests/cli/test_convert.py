@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,17 @@ def test_what_is_missing_is_asked_for(run, tone, llama, arguments, words):
     given = [llama if word == "LLAMA" else word for word in arguments]
     output = [] if "-o" in given else ["-o", "small"]
     assert words in run("convert", tone, *given, *output, code=2).output
+
+
+def test_export_speaks_the_words_of_other_tools(run, fixtures, tmp_path):
+    run("add", fixtures / "cases/llama.lora_qv/adapter", "sql")
+    base = fixtures / "bases/llama"
+    done = run("export", "sql", tmp_path / "hub", "--format", "adapters", "--base", base)
+    assert "2 files" in done.stdout
+    run("add", tmp_path / "hub", "again")
+    run("export", "again", tmp_path / "peft", "--format", "peft", "--base", base)
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("LORA", 8)
+    refused = run("export", "sql", tmp_path / "x", "--format", "adapters", code=2)
+    assert "give the base" in refused.output
+    assert "not empty" in run("export", "sql", tmp_path / "peft", "--format", "peft", code=4).output

@@ -58,7 +58,7 @@ REFUSED = {
 # Not qdora: its case is on a base loaded with single quantization, which `load` does not do.
 WEIGHTS = {
     "lora", "rslora", "dora", "qlora", "lora_embedding", "lora_trainable_tokens", "moslora",
-    "adalora", "vera", "loha", "lokr", "ia3", "beft", "lora_moe",
+    "adalora", "vera", "lora_pissa", "lora_olora", "loha", "lokr", "ia3", "beft", "lora_moe",
 }  # fmt: skip
 FORWARD = [
     case

@@ -373,6 +373,7 @@ def test_one_adapter_is_expected_where_a_recipe_is_given(
     from adapterkit.hub import convert, diff
 
     ingest.add(registry, saved(MIX), "mix")
-    for act in (lambda: convert("mix", registry=registry), lambda: diff("mix", "team/sql", registry)):
+    acts = (lambda: convert("mix", registry=registry), lambda: diff("mix", "team/sql", registry))
+    for act in acts:
         with pytest.raises(InvalidError, match="is a recipe of 3 adapters"):
             act()
