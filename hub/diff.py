@@ -114,7 +114,8 @@ def _changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Change, ...]:
 
 
 def _modules(a: Adapter, b: Adapter) -> Iterator[ModuleDiff]:
-    for name in sorted(a.modules.keys() | b.modules.keys()):
+    shared = {""} if a.shared or b.shared else set()
+    for name in sorted(a.modules.keys() | b.modules.keys() | shared):
         one, two = parts_of(a, name), parts_of(b, name)
         relative = bool(one.whole or two.whole)
         if one.factors or two.factors:

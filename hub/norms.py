@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import EMBEDDING, LINEAR, Module
 from adapterkit.hub.findings import clean
+from adapterkit.hub.frozen import ROLE as FROZEN
 from adapterkit.hub.headers import FLOATS, Stored
 from adapterkit.hub.kinds import kind
+from adapterkit.hub.kinds.base import Used
 from adapterkit.hub.primitives import BiasShift, LowRank, Primitive, Replace
 from adapterkit.hub.values import decode
 from adapterkit.registry.errors import AdapterError, DamagedError
@@ -64,19 +66,30 @@ class _Site:
 
 
 def parts_of(adapter: Adapter, name: str) -> Parts:
-    """Raises DamagedError when a value is not finite."""
-    tensors = {role: _array(stored) for role, stored in adapter.modules.get(name, {}).items()}
+    """name: of a module or a place, "" for what belongs to all. Raises DamagedError when a value is
+    not finite."""
+    held = adapter.modules.get(name, {}) if name else adapter.shared
+    tensors: Used[str] = Used({role: _array(stored) for role, stored in held.items()})
     whole = {role: tensors[role] for role in RELATIVE if role in tensors}
+    if not name:
+        return Parts(whole=tensors)
     try:
         primitives = _lower(adapter, name, tensors)
     except NeedsBaseError:
         primitives = _lower(adapter, name, {r: t for r, t in tensors.items() if r not in whole})
+        tensors.taken |= tensors.keys()
+    whole |= {role: t for role, t in tensors.items() if _stands(role) and role not in tensors.taken}
     factors = [_scaled(each) for each in primitives if isinstance(each, LowRank)]
     shifts: list[Any] = [each.d for each in primitives if isinstance(each, BiasShift)]
     for primitive in primitives:
         if not isinstance(primitive, LowRank | BiasShift):
             whole |= _whole(primitive)
     return Parts(factors, sum(shifts[1:], shifts[0]) if shifts else None, whole)
+
+
+def _stands(role: str) -> bool:
+    """Whether a tensor that no module takes acts elsewhere, and is no copy of the base's."""
+    return not role.startswith(("wrapper.", FROZEN))
 
 
 def _lower(adapter: Adapter, name: str, tensors: Mapping[str, Any]) -> list[Primitive]:

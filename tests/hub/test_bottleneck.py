@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adapterkit.hub import attach, describe
+from adapterkit.hub import attach, describe, diff
 from adapterkit.hub.locate import locate
 from adapterkit.hub.quant import format_of
 from adapterkit.hub.read import read_adapter
@@ -293,6 +294,17 @@ def test_a_listing_says_what_it_is(fixtures: Path) -> None:
     for case, (variant, ranks) in cases.items():
         info = describe(fixtures / "cases" / case / "adapter")
         assert (info.variant, dict(info.ranks)) == (variant, ranks)
+
+
+def test_a_comparison_sees_every_tensor(fixtures: Path) -> None:
+    one, two = (fixtures / "adapters" / f"bert_ah_{name}" for name in "ab")
+    found = diff(one, two)
+    assert len(found.modules) == len(load_file(one / WEIGHTS))
+    assert all(row.distance for row in found.modules)
+    compacter = fixtures / "cases/bert.ah_compacter/adapter"
+    same = diff(compacter, compacter)
+    assert len(same.modules) == len(load_file(compacter / WEIGHTS))
+    assert {row.distance for row in same.modules} == {0.0}
 
 
 # What it computes: layer 0 of the base, its output place, by the formulas of adapters 1.3.
@@ -644,6 +656,27 @@ def test_generation_is_the_same_with_and_without_a_cache(
         if beams == 1 and base != "t5":
             last = logits(model, cached[:, :-1])[:, -1].argmax(-1)
             assert torch.equal(last, cached[:, -1])
+
+
+def test_compiled_code_is_one_graph_with_the_same_result(fixtures: Path) -> None:
+    model = load(fixtures, "llama", dtype=torch.float32)
+    with attach(model, fixtures / "cases/llama.ah_par_bn/adapter"):
+        expected = logits(model)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(logits(compiled), expected)
+    torch.compiler.reset()
+
+
+def test_threads_share_one_model(fixtures: Path) -> None:
+    """What a layer adds is kept between two of its modules: for each thread its own."""
+    model = load(fixtures, "bert")
+    batches = [torch.arange(n, n + 12).reshape(1 + n % 2, -1) for n in range(3, 35)]
+    with attach(model, fixtures / "cases/bert.ah_double_seq_bn/adapter"):
+        expected = [logits(model, ids) for ids in batches]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda ids: logits(model, ids), batches))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_half_precision_and_autocast_keep_the_dtype_and_the_result(fixtures: Path) -> None:
