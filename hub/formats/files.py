@@ -10,7 +10,7 @@ from adapterkit.hub.findings import WARNING, Finding, clean
 from adapterkit.hub.headers import Header, Stored, read_header
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.torchfile import TorchFile, read_torch
-from adapterkit.registry.errors import DamagedError, InvalidError, NotFoundError
+from adapterkit.registry.errors import DamagedError, NotFoundError
 
 CONFIG = "adapter_config.json"
 SAFE = ".safetensors"
@@ -97,15 +97,3 @@ def rest_of_file(weights: Weights) -> list[Finding]:
         Finding(WARNING, "unknown-value", path, "tensors alone", clean(repr(value), 80))
         for path, value in weights.values.items()
     ]
-
-
-def integer_hint(folder: Folder, name: str, why: str) -> int:
-    """A positive integer that the user has to give. why: what it is, in words."""
-    value = folder.hints.get(name)
-    if value is None:
-        raise InvalidError(
-            f"{clean(folder.name)} does not say {name}, {why}", hint=f"give --hint {name}=NUMBER"
-        )
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
-        raise InvalidError(f"the hint {name} is {clean(repr(value))}, expected a positive integer")
-    return value
