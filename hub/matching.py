@@ -94,7 +94,8 @@ class Targets:
     the config names none. layers, layers_pattern: restriction to some layer numbers.
     saved: modules replaced as a whole, which are never targeted. parameters: ends of the paths of
     parameters that are targeted themselves, whatever the other fields say. last: only as many
-    layers, counted from the last one. loose: an entry of the list may start inside of a name.
+    layers, counted from the last one. left_out: layers without, those of a decoder counted on from
+    the encoder's. loose: an entry of the list may start inside of a name.
     """
 
     modules: tuple[str, ...] | str | None = None
@@ -105,6 +106,7 @@ class Targets:
     parameters: tuple[str, ...] = ()
     last: int | None = None
     loose: bool = False
+    left_out: tuple[int, ...] = ()
 
     @cached_property
     def _entries(self) -> frozenset[str]:
@@ -118,6 +120,9 @@ class Targets:
         """The names that are targeted, in order."""
         patterns = Patterns()
         found = [name for name in names if self._is_target(name, names, patterns)]
+        if self.left_out:
+            before = 1 + max((_layer(n) or 0 for n in names if _is_in("encoder", n)), default=-1)
+            found = [name for name in found if _number(name, before) not in self.left_out]
         if self.last is None:
             return found
         first = 1 + max((_layer(name) or 0 for name in names), default=0) - self.last
@@ -206,6 +211,16 @@ class Targets:
 def _parameter(module: Module) -> str:
     """The path of its weight as a parameter."""
     return module.name if module.type == EXPERTS else f"{module.name}.weight"
+
+
+def _is_in(stack: str, name: str) -> bool:
+    return stack in name.split(".")
+
+
+def _number(name: str, before: int) -> int | None:
+    """Of a layer over both stacks. before: those of the encoder."""
+    layer = _layer(name)
+    return layer if layer is None or not _is_in("decoder", name) else before + layer
 
 
 def _layer(name: str) -> int | None:

@@ -65,7 +65,7 @@ def read(
     method, row = _method(config, folder.name)
     weights = weights_of(folder, WEIGHTS)
     head = read_head(folder, outer)
-    keys = read_keys(weights.header.tensors, row, outer.name)
+    keys = read_keys([weights.header.tensors, head.others], row, outer.name)
     reader = ConfigReader(method, f"{folder.name}/{CONFIG}")
     paths = sorted({path for path, _ in keys.tensors if path})
     targets = replace(row.targets(reader, outer, paths), saved=head.modules)

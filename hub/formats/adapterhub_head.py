@@ -15,7 +15,7 @@ from adapterkit.hub.findings import ERROR, INFO, Finding, clean
 from adapterkit.hub.formats.adapterhub_flexible import read_flexible
 from adapterkit.hub.formats.adapterhub_flexible import task_of as flexible_task
 from adapterkit.hub.formats.adapterhub_keys import Keys
-from adapterkit.hub.formats.adapterhub_type import Outer, Place
+from adapterkit.hub.formats.adapterhub_type import Outer, Place, split
 from adapterkit.hub.formats.config import ConfigReader
 from adapterkit.hub.formats.files import weights_of
 from adapterkit.hub.headers import Stored
@@ -26,6 +26,8 @@ from adapterkit.registry.errors import DamagedError
 CONFIG = "head_config.json"
 WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
 FLEXIBLE = "heads."
+# A buffer of BART's, which nobody trains.
+LOGITS_BIAS = "final_logits_bias"
 # A language model's bias is a parameter of the head and of the last layer in it.
 SHARED_BIAS = {
     "cls.predictions.bias": "cls.predictions.decoder.bias",
@@ -36,7 +38,8 @@ SHARED_BIAS = {
 @dataclass(frozen=True)
 class Head:
     """tensors: places in the base. modules: those it replaces. files: path -> role of those it was
-    read from. task: what models of its class do. fields: what is made of a flexible one."""
+    read from. task: what models of its class do. fields: what is made of a flexible one.
+    others: tensors of the adapter among those of the head."""
 
     tensors: Mapping[Place, Stored] = field(default_factory=dict)
     strays: tuple[str, ...] = ()
@@ -44,6 +47,7 @@ class Head:
     task: str | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     fields: HeadFields | None = None
+    others: Mapping[str, Stored] = field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -64,7 +68,9 @@ def read_head(folder: Folder, outer: Outer) -> Head:
         model_class, said = _described(config, where, outer)
         findings += said
         files[CONFIG] = "head-config"
-    tensors = weights.header.tensors
+    tensors = dict(weights.header.tensors)
+    # of a family whose body has no name, the library takes parts of the adapter for its head's
+    mine = {key: tensors.pop(key) for key in list(tensors) if split(key, outer.name)}
     flexible = {key: t for key, t in tensors.items() if key.startswith(FLEXIBLE)}
     keys = _keys({key: t for key, t in tensors.items() if key not in flexible})
     own, fields, task = _flexible(flexible, config, folder.name, outer)
@@ -75,6 +81,7 @@ def read_head(folder: Folder, outer: Outer) -> Head:
         task or task_of(model_class),
         files,
         fields,
+        mine,
     )
 
 
@@ -122,6 +129,9 @@ def _described(
 def _keys(tensors: Mapping[str, Stored]) -> Keys:
     found = Keys()
     for key, stored in tensors.items():
+        if key == LOGITS_BIAS and not any(stored.read()):
+            found.findings.append(Finding(INFO, "zeros", key, "", "a buffer that changes nothing"))
+            continue
         twin = SHARED_BIAS.get(key)
         shared = twin is not None and twin in tensors
         module, _, parameter = (twin if shared and twin else key).rpartition(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from adapterkit.hub.findings import ERROR, INFO, Finding, clean
@@ -33,10 +33,10 @@ class Keys:
         self.findings.append(Finding(ERROR, "duplicate-tensor", stored.key, "one tensor", about))
 
 
-def read_keys(tensors: Mapping[str, Stored], row: Architecture, name: str) -> Keys:
+def read_keys(files: Sequence[Mapping[str, Stored]], row: Architecture, name: str) -> Keys:
     """Every key placed, or in `strays` with a finding that says what is wrong with it."""
     found = Keys()
-    for key, stored in tensors.items():
+    for key, stored in (item for tensors in files for item in tensors.items()):
         parts = split(key, name)
         place = None if parts is None else row.place(parts)
         if place is None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from adapterkit.hub.formats.adapterhub_type import Outer, Paths
@@ -16,13 +15,12 @@ MATRICES = ("q", "k", "v", "o")
 @dataclass(frozen=True)
 class Layer:
     """Patterns of names inside a layer. name: of the list of layers. attention: by matrix, each
-    the same one where they are fused. two_stacks: layers are counted on from the encoder."""
+    the same one where they are fused."""
 
     name: str
     attention: dict[str, str]
     intermediate: str
     output: str
-    two_stacks: bool = False
 
 
 def _by_matrix(pattern: str, *names: str) -> dict[str, str]:
@@ -47,14 +45,12 @@ _BART = Layer(
     _by_matrix(r"(?:self_attn|encoder_attn)\.{}_proj", *"qkv"),
     "fc1",
     "fc2",
-    two_stacks=True,
 )
 _T5 = Layer(
     "block",
     _by_matrix(r"layer\.\d\.(?:Self|EncDec)Attention\.{}", *"qkv"),
     r"layer\.\d\.DenseReluDense\.wi(?:_1)?",
     r"layer\.\d\.DenseReluDense\.wo",
-    two_stacks=True,
 )
 LAYERS = {
     "bert": _BERT,
@@ -112,13 +108,5 @@ def targets(reader: ConfigReader, outer: Outer, paths: Paths) -> Targets:
     names = attention if flags["selfattn_lora"] else []
     names += [layer.intermediate] if flags["intermediate_lora"] else []
     names += [layer.output] if flags["output_lora"] else []
-    if left_out and layer.two_stacks:
-        reader.fault("leave_out", "no layers to leave out, as they are counted over two stacks")
     pattern = rf"(?:.*\.)?{layer.name}\.\d+\.(?:{'|'.join(dict.fromkeys(names))})"
-    return Targets(pattern if names else (), _left_out(layer, left_out))
-
-
-def _left_out(layer: Layer, numbers: tuple[int, ...] | None) -> str | None:
-    if not numbers:
-        return None
-    return rf"(?:.*\.)?{re.escape(layer.name)}\.(?:{'|'.join(map(str, numbers))})\..*"
+    return Targets(pattern if names else (), left_out=left_out or ())
