@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A change smaller than this counts as none: nothing is lost of it.
-NOTHING = 0.0
 
 
 @dataclass(frozen=True)
@@ -39,30 +37,29 @@ class Fidelity:
 
     @property
     def gain(self) -> float:
-        return 1 + self.kept / self.delta if self.delta > NOTHING else 1.0
+        return 1 + self.kept / self.delta if self.delta else 1.0
 
     @property
     def cosine(self) -> float:
         applied = self.delta + 2 * self.kept + self.lost
-        if self.delta <= NOTHING:
+        if not self.delta:
             return 1.0
-        if applied <= NOTHING:
-            return 0.0
-        return (self.delta + self.kept) / math.sqrt(self.delta * applied)
+        # of an applied change of nothing, rounding may leave something below 0
+        return (self.delta + self.kept) / math.sqrt(self.delta * applied) if applied > 0 else 0.0
 
     @property
     def error(self) -> float:
-        return math.sqrt(self.lost / self.delta) if self.delta > NOTHING else 0.0
+        return math.sqrt(self.lost / self.delta) if self.delta else 0.0
 
     @property
     def own_error(self) -> float:
         """The base's own loss in this format, over |D|."""
-        return math.sqrt(self.own / self.delta) if self.delta > NOTHING else 0.0
+        return math.sqrt(self.own / self.delta) if self.delta else 0.0
 
     @property
     def size(self) -> float:
         """|D| / |W|."""
-        return math.sqrt(self.delta / self.base) if self.base > NOTHING else 0.0
+        return math.sqrt(self.delta / self.base) if self.base else 0.0
 
     @property
     def is_quantized(self) -> bool:
@@ -137,7 +134,7 @@ class MergeReport:
     def guarded(self) -> Fidelity:
         """Those whose format loses most: the quantized ones, or all where there are none."""
         lossy = [each for each in self.parameters if each.is_quantized]
-        return together(lossy or self.parameters, "quantized" if lossy else "in all")
+        return together(lossy or self.parameters, format_=lossy[0].format if lossy else "")
 
     @property
     def gain(self) -> float:

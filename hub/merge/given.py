@@ -31,7 +31,7 @@ class Given:
     def record(self) -> dict[str, Any]:
         """What a recipe says of it."""
         one = self.found
-        return {"weight": self.weight, "name": one.name, **input_of(one.folder, one.adapter)}
+        return {"weight": self.weight, **input_of(one.folder, one.adapter)}
 
 
 def given(adapters: Adapters, options: Options) -> list[Given]:

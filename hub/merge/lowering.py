@@ -12,13 +12,14 @@ from torch import Tensor
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base, Module
 from adapterkit.hub.bases.spelling import Slot, Spelling, spelled
+from adapterkit.hub.change import NO_CHANGE
 from adapterkit.hub.compose import experts
 from adapterkit.hub.compose.plan import Weighted
 from adapterkit.hub.findings import clean
 from adapterkit.hub.kinds import kind
 from adapterkit.hub.kinds.base import Whole
 from adapterkit.hub.offline import Ground, StoredSite, not_weights, targeted_at
-from adapterkit.hub.primitives import InputRotation, LowRank, Primitive, Replace
+from adapterkit.hub.primitives import Additive, Gain, InputRotation, LowRank, Primitive, Replace
 from adapterkit.hub.quant.stored import Weights, read_stored
 from adapterkit.hub.tensors import read_finite
 from adapterkit.registry.errors import InvalidError
@@ -119,16 +120,35 @@ class Lowering:
             self._kept[row] = self._updates(self._base.modules[row])
         return self._kept[row]
 
+    def require_mergeable(self) -> None:
+        """Raises for an adapter that is of no use here before anything is written: all of its rows
+        are of a kind."""
+        for each in self.inputs:
+            for row in list(each.sources)[:1]:
+                self.updates(row)
+
     def _updates(self, row: Module) -> list[Weighted]:
         found = []
         for each in self.inputs:
             made = each.primitives(row)
+            _require_weights(each, row, made)
             if each.weight != 1 and any(isinstance(p, InputRotation) for p in made):
                 raise InvalidError(
                     f"rotations take no weight but 0 and 1: {clean(each.name)}={each.weight:g}"
                 )
             found += [Weighted(each.weight, primitive) for primitive in made]
         return found
+
+
+def _require_weights(one: Input, row: Module, made: list[Primitive]) -> None:
+    for primitive in made:
+        if not isinstance(primitive, Additive | Gain):
+            word = type(primitive).__name__
+            why = NO_CHANGE.get(word, "is no change of a weight")
+            raise InvalidError(
+                f"{clean(one.name)}: at {clean(row.name)}, {word} {why}",
+                hint="attach it: adapterkit.hub.load(BASE, adapters)",
+            )
 
 
 def _is_copy(base: Base, place: tuple[str, str], tensor: Tensor) -> bool:

@@ -20,7 +20,7 @@ from adapterkit.hub.merge.options import Options
 from adapterkit.hub.merge.planning import Plan, plan
 from adapterkit.hub.merge.shard import shard_writer
 from adapterkit.hub.merge.stage import Done, Stage, staged
-from adapterkit.registry.errors import AdapterWarning, InvalidError
+from adapterkit.registry.errors import AdapterError, AdapterWarning, InvalidError
 from adapterkit.registry.files import Files
 
 # Told of bytes of the base that were gone through.
@@ -86,7 +86,7 @@ def merge(  # noqa: PLR0913
     once, when everything is in it. resume: go on where a merge into `out` was interrupted.
     dry_run: nothing is written, and the report is the same. settings: the fields of Options.
     Raises MismatchError with all findings if an adapter does not belong to the base, InvalidError
-    for what no weight carries and below `min_gain`, ConflictError if `out` is taken.
+    for what no weight carries, AdapterError below `min_gain`, ConflictError if `out` is taken.
     """
     chosen = replace(options or Options(), **settings)
     if out is None and not dry_run:
@@ -96,7 +96,7 @@ def merge(  # noqa: PLR0913
     if dry_run or out is None:
         rows = [row for task in tasks for row in _rows(task.run(None, progress))]
         return guarded(_report(made, None, rows, 0), chosen, stop=False)
-    with staged(Files(), Path(out), made.recipe, resume=resume) as stage:
+    with staged(Files(), Path(out), made.identity, resume=resume) as stage:
         for task in tasks:
             if task.file not in stage.done:
                 done = task.run(stage.folder, progress)
@@ -129,7 +129,7 @@ def _report(made: Plan, folder: Path | None, rows: Sequence[Fidelity], size: int
 
 
 def guarded(report: MergeReport, options: Options, *, stop: bool) -> MergeReport:
-    """The report, if enough of the adapters survived. Raises InvalidError where the output is
+    """The report, if enough of the adapters survived. Raises AdapterError where the output is
     quantized; else warns."""
     found = report.guarded
     if found.gain >= options.min_gain or not report.parameters:
@@ -145,7 +145,7 @@ def guarded(report: MergeReport, options: Options, *, stop: bool) -> MergeReport
         " adapter that is blended of these; --min-gain 0 merges all the same"
     )
     if found.is_quantized and stop:
-        raise InvalidError(about, hint=advice)
+        raise AdapterError(about, hint=advice)
     warnings.warn(f"{about}; {advice}", AdapterWarning, stacklevel=3)
     return report
 

@@ -22,14 +22,11 @@ ORIGINAL, DEQUANTIZED, AUTO = CHOICES = ("original", "dequantized", "auto")
 @dataclass(frozen=True)
 class Onto:
     """scheme: what the weights go through before they are merged onto; None: nothing.
-    why: one sentence on how that was chosen."""
+    word: original or dequantized. why: how that was chosen."""
 
     scheme: Scheme | None
+    word: str
     why: str
-
-    @property
-    def word(self) -> str:
-        return ORIGINAL if self.scheme is None else DEQUANTIZED
 
 
 def choose(onto: str, said: str | None, base: Base, folders: Sequence[Folder]) -> Onto:
@@ -45,25 +42,27 @@ def choose(onto: str, said: str | None, base: Base, folders: Sequence[Folder]) -
                 " there",
                 hint="give the unquantized base: --base BASE",
             )
-        return Onto(None, f"the base is stored as {stored}: its dequantized weights")
+        return Onto(None, DEQUANTIZED, f"the base is stored as {stored}")
     if onto == ORIGINAL:
-        return Onto(None, "original weights, as asked for")
+        return Onto(None, ORIGINAL, "as asked for")
     known = [_trained_on(folder) or said for folder in folders]
     schemes = {Scheme.of(_parsed(each)) if each is not None else None for each in known}
     names = ", ".join(sorted({_named(each) for each in known}))
     scheme = next(iter(schemes)) if len(schemes) == 1 else None
     if onto == DEQUANTIZED and scheme is None:
         raise InvalidError(
-            f"the adapters were trained on {names}, and not all on the same quantized base",
+            f"the adapters were trained on {names}, expected one kind of quantized base",
             hint="say it: --trained-on nf4, or merge onto the original weights: --onto original",
         )
     if scheme is not None:
-        return Onto(scheme, f"trained on {names}: dequantize(quantize(W))")
-    return Onto(None, f"trained on {names}: original weights")
+        return Onto(scheme, DEQUANTIZED, f"the adapters were trained on {names}")
+    return Onto(None, ORIGINAL, f"the adapters were trained on {names}")
 
 
 def _trained_on(folder: Folder) -> Mapping[str, Any] | str | None:
-    return None if folder.manifest is None else folder.manifest.quantization
+    recorded = (folder.manifest.quantization or {}) if folder.manifest is not None else {}
+    found = recorded.get("trained_on")
+    return found if isinstance(found, Mapping) else None
 
 
 def _parsed(known: Mapping[str, Any] | str) -> Quantization:
@@ -82,7 +81,7 @@ def _parsed(known: Mapping[str, Any] | str) -> Quantization:
 
 def _named(known: Mapping[str, Any] | str | None) -> str:
     if known is None:
-        return "what is not recorded"
+        return "a base of which that is not recorded"
     method = _parsed(known).method
     return "an unquantized base" if method == "none" else method
 

@@ -41,6 +41,12 @@ class Plan:
     options: Options
 
     @property
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for a merge to go on: the recipe, and the base's files."""
+        files = self.output.base.weight_files
+        return {"recipe": self.recipe, "files": {name: _stamp(files[name]) for name in files}}
+
+    @property
     def quantization(self) -> str:
         return "none" if self.output.scheme is None else self.output.scheme.method
 
@@ -62,6 +68,7 @@ def plan(adapters: Adapters, base: str | Path, options: Options) -> Plan:
         quantized = quantized_by(described, described.config, onto.scheme)
     ground = Ground(described, onto.scheme, quantized)
     lowering = Lowering(described, [_input(one, described, ground) for one in every])
+    lowering.require_mergeable()
     _require_biases(described, lowering)
     extra, untied = added(described, lowering)
     changes = _changes(found, stored, described, untied)
@@ -146,12 +153,10 @@ def _recipe(
     }
     if options.allow_fields:
         parameters["allow_fields"] = sorted(options.allow_fields)
-    files = {name: _stamp(source) for name, source in sorted(base.weight_files.items())}
-    layout = {"layout": f"sha256:{layout_digest(base.tensors)}", "files": files}
     return {
         "operation": "merge",
         "inputs": [one.record() for one in every],
-        "base": {"name": base.name, **layout},
+        "base": {"layout": f"sha256:{layout_digest(base.tensors)}"},
         "parameters": parameters,
         "tool": tool(),
     }

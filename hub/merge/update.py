@@ -16,10 +16,8 @@ from adapterkit.hub.bases.base import CONV1D, EMBEDDING, Module
 from adapterkit.hub.compose import gains, replacing
 from adapterkit.hub.compose.gains import Gains, rotate
 from adapterkit.hub.compose.plan import Replacement, Sums, Weighted, fold, split
-from adapterkit.hub.findings import clean
 from adapterkit.hub.primitives import (
     DenseDelta,
-    GatedLowRank,
     LowRank,
     OutputGain,
     Primitive,
@@ -103,7 +101,6 @@ def _rows_of(new: Replace, rows: slice) -> Replace:
 
 def of_weight(module: Module, updates: Sequence[Weighted], *, peft: bool = False) -> Update:
     """updates: of all adapters in order, on this module, or on the part of it that is meant."""
-    refuse_gated(module.name, updates)
     summed, replaced, outside = split(updates)
     new = tuple((w, r) for w, r in replaced if r.name == "weight")
     transposed = module.type in TRANSPOSED
@@ -135,13 +132,6 @@ def moves_bias(updates: Sequence[Weighted]) -> bool:
     summed, replaced, outside = split(updates)
     shifts = fold(summed).d is not None or any(r.name == "bias" for _, r in replaced)
     return shifts or any(isinstance(gain, OutputGain) for _, gain in outside)
-
-
-def refuse_gated(name: str, updates: Sequence[Weighted]) -> None:
-    from adapterkit.hub.change import NO_CHANGE
-
-    if any(isinstance(update.primitive, GatedLowRank) for update in updates):
-        raise InvalidError(f"at {clean(name)}, GatedLowRank {NO_CHANGE['GatedLowRank']}")
 
 
 def _factors(sums: Sums) -> tuple[Tensor | None, Tensor | None]:

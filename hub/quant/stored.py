@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from adapterkit.hub.bases.base import CONV1D, EMBEDDING, EXPERTS, LINEAR, Base, Module
+from adapterkit.hub.bases.base import CONV, CONV1D, EMBEDDING, EXPERTS, LINEAR, Base, Module
 from adapterkit.hub.bases.packed import State, scales_of, state_of
 from adapterkit.hub.findings import clean
 from adapterkit.hub.headers import FLOATS, Stored
@@ -46,6 +46,8 @@ class Weights:
         found = read_stored(self._base.tensors, held.weight[0])
         if module.type in (CONV1D, EMBEDDING):
             found = found.mT
+        elif module.type == CONV:
+            found = found.flatten(1)
         if self._is_quantized_at_load(module):  # a Conv1D as the linear layer it becomes
             found = _requantized(found, self._quantization or "")
         return found.float()

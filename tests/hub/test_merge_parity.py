@@ -98,9 +98,7 @@ def test_an_adapter_of_a_quantized_base_is_merged_onto_what_it_was_trained_on(
         quantized
     )
     dense = case["operation"]["target"] == "float32"
-    merge(
-        sources(case), base=quantized, out=out, quantize="none" if dense else None, min_gain=0
-    )
+    merge(sources(case), base=quantized, out=out, quantize="none" if dense else None, min_gain=0)
     model = opened(out, case, **({} if dense else where))
     compare = case["compare"]
     if dense:
