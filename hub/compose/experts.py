@@ -81,14 +81,28 @@ def _plain(value: Any) -> Any:
     return value.whole() if isinstance(value, Matrix) else value
 
 
-def twin_forward(module: nn.Module, sums: Mapping[str, Sums]) -> Callable[..., Any]:
-    """The forward of the module's class, expert by expert, with these updates of its parameters."""
+def twin_forward(
+    module: nn.Module, sums: Mapping[str, Sums], whole: Mapping[str, Tensor]
+) -> Callable[..., Any]:
+    """The forward of the module's class with these updates of its parameters. whole: new values of
+    some; what is added to those follows from the values they had.
+
+    Fused ones are taken expert by expert."""
     twin = replacing.shadow(module)
     is_transposed = bool(getattr(module, "is_transposed", False))
-    for name, each in sums.items():
+    fused = {name for name in sums if getattr(module, name).ndim == 3 and name not in whole}
+    for name in sums.keys() | whole.keys():
         weight: Tensor = getattr(module, name).detach()
         delattr(twin, name)
-        setattr(twin, name, Matrices(weight, each, is_transposed))
+        if name in fused:
+            setattr(twin, name, Matrices(weight, sums[name], is_transposed))
+            continue
+        value = whole.get(name, weight)
+        if name in sums:
+            value = value + (Matrices(weight, sums[name], is_transposed).whole() - weight)
+        setattr(twin, name, nn.Parameter(value.to(weight.dtype), requires_grad=False))
+    if not fused:
+        return twin.forward
     # transformers wraps it in a choice of faster ones, which take all experts at once
     forward = inspect.unwrap(type(module).forward)
     return lambda *args, **kwargs: forward(twin, *args, **kwargs)

@@ -26,7 +26,7 @@ def describe_model(model: nn.Module) -> Base:
     modules = {
         name: _row(name, module, owners) for name, module in found.items() if _is_leaf(module)
     }
-    modules |= {row.name: row for name, module in found.items() for row in _experts(name, module)}
+    modules |= {row.name: row for name, module in found.items() for row in _bare(name, module)}
     settings: dict[str, Any] = {**config.to_dict(), "architectures": [type(model).__name__]}
     name = str(getattr(config, "_name_or_path", "") or type(model).__name__)
     return Base(name=name, config=settings, modules=modules, quantization=quantization(model))
@@ -90,13 +90,19 @@ def _is_plain(module: nn.Module) -> bool:
     return layer.padding_mode == "zeros" and set(layer.dilation) == {1}
 
 
-def _experts(name: str, module: nn.Module) -> list[Module]:
-    """Fused expert parameters: three dimensions, (experts, out, in), held by the block itself."""
+def _bare(name: str, module: nn.Module) -> list[Module]:
+    """Parameters that the block itself holds: those of all experts, fused, and any others."""
     return [
-        Module(f"{name}.{parameter}", rows.EXPERTS, _logical(module, weight))
+        Module(f"{name}.{parameter}".lstrip("."), *_form(module, weight))
         for parameter, weight in module.named_parameters(recurse=False)
-        if weight.ndim == 3 and parameter not in ("weight", "bias")
+        if parameter not in ("weight", "bias")
     ]
+
+
+def _form(module: nn.Module, weight: Tensor) -> tuple[str, tuple[int, ...]]:
+    if weight.ndim == 3:
+        return rows.EXPERTS, _logical(module, weight)
+    return rows.OTHER, tuple(weight.shape)
 
 
 def _logical(module: nn.Module, weight: Tensor) -> tuple[int, ...]:

@@ -84,9 +84,18 @@ class Patch:
         return Plan(Sums(d=sums.d), shadow=shadow)
 
     def fold_parameters(self, updates: Mapping[str, Sequence[Weighted]], sequential: bool) -> Plan:
-        """The plan for updates of fused parameters, by their names."""
-        sums = {name: fold(each, sequential=sequential) for name, each in updates.items()}
-        return Plan(Sums(), shadow=experts.twin_forward(self.module, sums))
+        """The plan for updates of parameters other than a weight, by their names."""
+        sums: dict[str, Sums] = {}
+        whole: dict[str, Tensor] = {}
+        for name, made in updates.items():
+            summed, replacements, _ = split(made)
+            if summed:
+                sums[name or "weight"] = fold(summed, sequential=sequential)
+            by_name: dict[str, list[Replacement]] = {}
+            for weight, new in replacements:
+                by_name.setdefault(name or new.name, []).append((weight, new))
+            whole |= {n: replacing.whole(self._parameter(n), each) for n, each in by_name.items()}
+        return Plan(Sums(), shadow=experts.twin_forward(self.module, sums, whole))
 
     def _parameter(self, name: str) -> Tensor:
         parameter: Tensor = getattr(self.module, name)

@@ -119,7 +119,9 @@ def _replacement(path: str, replaced: ReplacedFields, targets: Targets) -> tuple
         return f"{match[1]}.{inner}".rstrip("."), f"wrapper.{match[2]}.{match[4]}"
     module, _, parameter = path.rpartition(".")
     if module and targets.is_saved(module):
-        return module, f"replace.{parameter}"
+        # a parameter of another name is a row of the base of its own
+        own = parameter in ("weight", "bias")
+        return (module, f"replace.{parameter}") if own else (path, "replace.weight")
     if module and parameter == "bias" and replaced.bias == "all":
         return module, "replace.bias"
     if parameter == "weight" and module.rpartition(".")[2] in TABLES:
