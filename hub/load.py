@@ -81,7 +81,8 @@ def load(  # noqa: PLR0913
         asked = list({one.asked.name: one.asked for one in found}.values())
         for each in asked:
             handle.add(each.name, each.folder)
-        handle.activate({each.name: each.weight for each in asked})
+        acting = (each for each in asked if each.weight != 1 or not handle.joined(each.name))
+        handle.activate({each.name: each.weight for each in acting})  # a fusion acts in a Fuse
     return model
 
 

@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit.hub import Average, BatchSplit, Fuse, Parallel, Split, Stack, attach, describe
+from adapterkit.hub import (
+    Average,
+    BatchSplit,
+    Fuse,
+    Parallel,
+    Split,
+    Stack,
+    attach,
+    attached,
+    describe,
+    load,
+)
 from adapterkit.hub.compose import blocks
 from adapterkit.hub.compose.blocks import Block, require_valid
 from adapterkit.registry.errors import (
@@ -401,6 +412,20 @@ def test_a_fusion_is_found_by_what_it_joins_or_by_its_name(fusion: Any) -> None:
         adapters.activate(Fuse("x", "y", name="f"))
         torch.testing.assert_close(logits(), expected, atol=2e-4, rtol=0)
     assert describe(folders["f"]).variant == "fusion of a, b"
+
+
+def test_a_fusion_is_loaded_beside_what_it_joins(fusion: Any) -> None:
+    folders = [*sources("a", "b").values(), fusion()]
+    loaded = load(DATA / "bases" / "bert", adapters=folders, dtype=torch.float32)
+    adapters = attached(loaded)
+    assert adapters is not None
+    one, two, joins = adapters.names
+    assert dict(adapters.active) == {one: 1.0, two: 1.0}
+    adapters.activate(Fuse(one, two, name=joins))
+    with torch.inference_mode():
+        found = loaded(**batch()).logits
+    expected = load_file(DATA / "cases" / "bert.ah_fuse" / "expected.safetensors")["logits"]
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=0)
 
 
 MIXINGS: dict[str, dict[str, Any]] = {
