@@ -29,7 +29,7 @@ SHOWN_TENSORS = 40
 def command(
     app: App, source: str, allow_fields: tuple[str, ...], hints: dict[str, Any], as_json: bool
 ) -> None:
-    """Show how an adapter is understood: format, kind, every tensor, what is odd.
+    """Show how an adapter is understood: format, kind, every tensor.
 
     SRC is a folder (./tone) or a reference (team/sql@1.2). Only headers are read, no base is needed
     and nothing is judged: that is what check is for. With -v all tensors are shown.
