@@ -69,7 +69,8 @@ def parts_of(adapter: Adapter, name: str) -> Parts:
     """name: of a module or a place, "" for what belongs to all. Raises DamagedError when a value is
     not finite."""
     held = adapter.modules.get(name, {}) if name else adapter.shared
-    tensors: Used[str] = Used({role: _array(stored) for role, stored in held.items()})
+    arrays: Any = {role: _array(stored) for role, stored in held.items()}
+    tensors: Any = Used(arrays)
     whole = {role: tensors[role] for role in RELATIVE if role in tensors}
     if not name:
         return Parts(whole=tensors)
