@@ -47,16 +47,17 @@ def choose(onto: str, said: str | None, base: Base, folders: Sequence[Folder]) -
         return Onto(None, ORIGINAL, "as asked for")
     known = [_trained_on(folder) or said for folder in folders]
     schemes = {Scheme.of(_parsed(each)) if each is not None else None for each in known}
-    names = ", ".join(sorted({_named(each) for each in known}))
+    names = " and ".join(sorted({_named(each) for each in known}))
+    why = f"the adapters were trained on {names}"
     scheme = next(iter(schemes)) if len(schemes) == 1 else None
     if onto == DEQUANTIZED and scheme is None:
         raise InvalidError(
-            f"the adapters were trained on {names}, expected one kind of quantized base",
+            f"{why}, expected one kind of quantized base for all",
             hint="say it: --trained-on nf4, or merge onto the original weights: --onto original",
         )
     if scheme is not None:
-        return Onto(scheme, DEQUANTIZED, f"the adapters were trained on {names}")
-    return Onto(None, ORIGINAL, f"the adapters were trained on {names}")
+        return Onto(scheme, DEQUANTIZED, why)
+    return Onto(None, ORIGINAL, why)
 
 
 def _trained_on(folder: Folder) -> Mapping[str, Any] | str | None:
@@ -81,7 +82,7 @@ def _parsed(known: Mapping[str, Any] | str) -> Quantization:
 
 def _named(known: Mapping[str, Any] | str | None) -> str:
     if known is None:
-        return "a base of which that is not recorded"
+        return "a base whose format is not recorded"
     method = _parsed(known).method
     return "an unquantized base" if method == "none" else method
 
