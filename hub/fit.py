@@ -200,7 +200,11 @@ def _is_said(named: set[str], role: str, stored: Stored, expected: Expected) -> 
     """Whether faults that needed no base to be seen say all that is wrong with the shape."""
     if named & {"shape-mismatch", "empty-tensor"}:
         return True
-    return "rank-mismatch" in named and _differ_only_in(RANK[role], stored.shape, expected.shape)
+    part, _, inner = role.partition(".")  # of a union, the number of the part is in front
+    axis = RANK.get(inner if part.isdecimal() else role)
+    return "rank-mismatch" in named and (
+        axis is not None and _differ_only_in(axis, stored.shape, expected.shape)
+    )
 
 
 def _made_for(adapter: Adapter, base: Base) -> list[Finding]:
@@ -216,7 +220,7 @@ def _start(adapter: Adapter, base: Base) -> list[Finding]:
     """Whether the base is one that the adapter took its start out of."""
     start = adapter.fields.start if isinstance(adapter.fields, LoraFields) else ""
     method = base.quantization.method
-    if not start or method == "none":
+    if start in ("", "given") or method == "none":
         return []
     want, about = "a base that is not quantized", f"{method}, whose weights are other ones"
     return [Finding(ERROR, UNSUPPORTED, "init_lora_weights", want, about)]

@@ -37,7 +37,9 @@ def kind(config: Mapping[str, Any], outer: Outer) -> str:
         return "square_vera"
     if config.get("use_dora"):
         return "output_dora"
-    return "gated_lora" if config.get("use_gating") else "fused_lora"
+    if config.get("use_gating"):
+        return "gated_lora"
+    return "fused_lora" if outer.model_type in FUSED else "lora"
 
 
 def _is_vera(config: Mapping[str, Any]) -> bool:
