@@ -18,6 +18,10 @@ from adapterkit.hub.compose.blocks import BatchSplit, Block, Setup, channels
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.registry.errors import InvalidError
 
+# Arguments with a row for each of the batch, and one that has none.
+INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids")
+WHOLE = ("cache_position",)
+
 
 class Entry:
     def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
@@ -48,8 +52,7 @@ class Entry:
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.ndim]
-        rows = len(tensors[0]) if tensors else 0
+        rows = _rows(args, kwargs)
         for sizes in self._sizes:
             if sum(sizes) != rows:
                 raise InvalidError(f"batch_sizes {list(sizes)} are {sum(sizes)} rows, found {rows}")
@@ -60,13 +63,23 @@ class Entry:
                 "Parallel repeats the batch, which a cache of earlier tokens cannot follow",
                 hint="repeat the batch yourself and use BatchSplit",
             )
-        copied = {name: self._repeated(value, rows) for name, value in kwargs.items()}
+        copied = {
+            name: value if name in WHOLE else self._repeated(value, rows)
+            for name, value in kwargs.items()
+        }
         return tuple(self._repeated(value, rows) for value in args), copied
 
     def _repeated(self, value: Any, rows: int) -> Any:
         if not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
             return value
         return value.repeat(self._copies, *[1] * (value.ndim - 1))
+
+
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Of the batch."""
+    named = [kwargs[name] for name in INPUTS if isinstance(kwargs.get(name), Tensor)]
+    tensors = [value for value in (*named, *args, *kwargs.values()) if isinstance(value, Tensor)]
+    return len(tensors[0]) if tensors and tensors[0].ndim else 0
 
 
 def _outermost(block: Block) -> tuple[tuple[int, ...], ...]:

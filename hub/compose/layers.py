@@ -22,7 +22,9 @@ from adapterkit.hub.compose.fusions import fusion_for
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.networks import State
 from adapterkit.hub.compose.program import Network, Run, Site, build
+from adapterkit.hub.findings import clean
 from adapterkit.hub.primitives import Bottleneck, Coupling, Fusion
+from adapterkit.registry.errors import InvalidError
 
 
 class Layers:
@@ -36,7 +38,10 @@ class Layers:
         networks: dict[Place, dict[str, tuple[Network, float]]] = {}
         for name, weight in active.items():
             for network in _networks(lowered[name]):
-                networks.setdefault(network.place, {})[name] = network, weight
+                held = networks.setdefault(network.place, {})
+                if name in held:
+                    raise InvalidError(f"{clean(name)} has two networks at {network.place.h}")
+                held[name] = network, weight
         runs: dict[Place, Run | None] = dict.fromkeys(self._taps)
         for place, held in networks.items():
             fusion = partial(_fusion_at, place, lowered)

@@ -366,6 +366,28 @@ def test_parallel_does_not_follow_a_cache() -> None:
             decoder.generate(ids, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_rows_generate_what_their_adapter_alone_would(beams: int) -> None:
+    base = DATA / "bases" / "gpt2"
+    decoder: Any = transformers.AutoModelForCausalLM.from_pretrained(base).eval()
+    folders = {"a": DATA / "cases" / "gpt2.ah_par_bn" / "adapter",
+               "l": DATA / "cases" / "gpt2.lora_c_attn" / "adapter"}  # fmt: skip
+    ids = torch.arange(3, 18).reshape(3, 5)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": beams, "do_sample": False}
+    with attach(decoder, folders) as adapters:
+        alone = []
+        for name in ("a", "l"):
+            adapters.activate([name])
+            alone.append(decoder.generate(ids, **settings))
+        adapters.activate(BatchSplit("a", "l", batch_sizes=[beams, 2 * beams]))
+        found = decoder.generate(ids, **settings)
+        if beams > 1:
+            adapters.activate(BatchSplit("a", "l", batch_sizes=[1, 2]))
+            with pytest.raises(InvalidError, match=r"are 3 rows, found 6"):
+                decoder.generate(ids, **settings)
+    assert torch.equal(found, torch.cat([alone[0][:1], alone[1][1:]]))
+
+
 # Fusions.
 
 

@@ -19,7 +19,10 @@ TOLERANCES = {"none": 1e-3, "nf4": 2e-2, "int8": 1e-1}
 
 
 @pytest.mark.parametrize("quantization", TOLERANCES)
-@pytest.mark.parametrize("name", ["lora_qv", "dora", "lora_tokens", "lora_embedding"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora_qv", "dora", "lora_tokens", "lora_embedding", "ah_par_bn", "bottleneck_llm_adapters"],
+)
 def test_a_gpu_gives_the_cpus_logits(fixtures: Path, quantization: str, name: str) -> None:
     base, source = fixtures / "bases" / "llama", fixtures / "cases" / f"llama.{name}" / "adapter"
     found = {}
