@@ -11,6 +11,7 @@ from adapterkit.hub.formats import peft_config as config_rules
 from adapterkit.hub.formats.config import ConfigReader
 from adapterkit.hub.formats.files import CERTAIN, CONFIG, LIKELY, Claim, weights_of
 from adapterkit.hub.formats.peft_keys import Keys, read_keys
+from adapterkit.hub.formats.peft_start import completed
 from adapterkit.hub.formats.peft_type import OTHER_TYPES, PEFT_TYPES, PeftType, peft_type
 from adapterkit.hub.headers import Header, Stored
 from adapterkit.hub.matching import Targets
@@ -49,7 +50,7 @@ def read(
     targets.require_usable(module for module, _ in places)
     names, unknown = config_rules.unknown(config, row, allow_fields)
     refused = config_rules.refusals(config, row)
-    return Adapter(
+    adapter = Adapter(
         name=folder.name,
         kind=row.kind,
         format="peft",
@@ -66,6 +67,7 @@ def read(
         findings=(*weights.findings, *refused, *unknown, *keys.findings),
         files={CONFIG: "config", weights.path: "weights"},
     )
+    return completed(adapter, folder)
 
 
 def _canonical(

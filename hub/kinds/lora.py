@@ -112,7 +112,7 @@ class Lora:
             yield name, RowScale(f - 1)
         else:
             yield name, LowRank(b, a, scale)
-        yield from starts.lower(fields, site)
+        yield from starts.lower(fields, site, p)
         if "B_bias" in p:
             yield name, BiasShift(scale * p["B_bias"])
         if fields.replaced.tie and site.module.type == EMBEDDING:
@@ -142,6 +142,7 @@ def _factors(fields: LoraFields, module: Module) -> dict[tuple[str, str], Expect
     a, b = FACTORS[module.type]
     rank = fields.rank_of(module.name)
     shapes: dict[str, tuple[int, ...]] = {a: (rank, module.n_in), b: (module.n_out, rank)}
+    shapes |= starts.expected(fields, module)
     shapes |= {"magnitude": (module.n_out,)} if fields.dora else {}
     shapes |= {"B_bias": (module.n_out,)} if fields.lora_bias and module.type != EMBEDDING else {}
     return {(module.name, role): Expected(shape) for role, shape in shapes.items()}

@@ -7,6 +7,7 @@ that a library gives the factors, if what decides is far enough from a tie.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from adapterkit.hub.bases.base import CONV1D, EMBEDDING, LINEAR, Module
@@ -19,16 +20,18 @@ from adapterkit.registry.errors import MismatchError
 if TYPE_CHECKING:
     from torch import Tensor
 
-PISSA, OLORA = "pissa", "olora"
+PISSA, OLORA, GIVEN = "pissa", "olora", "given"
+A, B = "start_A", "start_B"
 # Modules it acts on; an embedding starts as in plain LoRA.
-TYPES = {PISSA: (LINEAR, CONV1D), OLORA: (LINEAR,)}
+TYPES = {PISSA: (LINEAR, CONV1D), OLORA: (LINEAR,), GIVEN: (LINEAR, CONV1D)}
 # Of the smallest singular value kept, and of the largest column: below it float32 does not decide.
 CLEAR = 1e-4
 
 
 def words(fields: LoraFields) -> dict[str, bool]:
     """Names of variants -> whether it is one."""
-    return {"PiSSA": fields.start == PISSA, "OLoRA": fields.start == OLORA}
+    names = {PISSA: "PiSSA", OLORA: "OLoRA", GIVEN: "LoRA less its start"}
+    return {name: fields.start == start for start, name in names.items()}
 
 
 def faults(fields: LoraFields, module: Module) -> list[Finding]:
@@ -38,10 +41,20 @@ def faults(fields: LoraFields, module: Module) -> list[Finding]:
     return [Finding(ERROR, UNSUPPORTED, module.name, f"{want} for {fields.start}", about)]
 
 
-def lower(fields: LoraFields, site: Site) -> Lowered:
+def expected(fields: LoraFields, module: Module) -> dict[str, tuple[int, ...]]:
+    """Shapes by role of a start that the file holds."""
+    rank = fields.rank_of(module.name)
+    if fields.start != GIVEN or module.type not in TYPES[GIVEN]:
+        return {}
+    return {A: (rank, module.n_in), B: (module.n_out, rank)}
+
+
+def lower(fields: LoraFields, site: Site, p: Mapping[str, Tensor]) -> Lowered:
     module = site.module
-    if fields.start and module.type != EMBEDDING:
-        rank, scale = fields.rank_of(module.name), fields.scaling(module.name)
+    rank, scale = fields.rank_of(module.name), fields.scaling(module.name)
+    if A in p and B in p:
+        yield module.name, LowRank(-p[B], p[A], scale)
+    elif fields.start and module.type != EMBEDDING:
         b, a = taken(fields.start, module, site.weight(), rank, scale)
         yield module.name, LowRank(-b, a)
 

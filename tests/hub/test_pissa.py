@@ -14,7 +14,8 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from adapterkit.hub import attach, describe
+from adapterkit.hub import attach, describe, ingest
+from adapterkit.registry import Registry
 from adapterkit.registry.errors import AdapterError, MismatchError
 
 pytestmark = pytest.mark.filterwarnings("ignore::adapterkit.registry.errors.AdapterWarning")
@@ -114,7 +115,7 @@ def test_the_file_that_peft_converts_is_the_same_adapter(tmp_path: Path) -> None
 Tensors = dict[str, Tensor]
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], init: str, **config: Any) -> Path:
+def write(folder: Path, tensors: Mapping[str, Tensor], init: Any, **config: Any) -> Path:
     folder.mkdir()
     known = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": TARGETS}
     text = json.dumps(known | {"init_lora_weights": init} | config)
@@ -223,3 +224,58 @@ def test_olora_of_a_conv1d_is_refused(tmp_path: Path) -> None:
     target = r"transformer\.h\.0\.attn\.c_proj"
     with pytest.raises(MismatchError, match="one of linear for olora, found a conv1d module"):
         attach(model, write(tmp_path / "a", tensors, "olora", target_modules=target))
+
+
+def beside(tmp_path: Path, init: str, **changes: Any) -> tuple[Path, Tensors, Tensors]:
+    """A folder with its start inside, trained factors, and those of the start."""
+    trained_, start = drawn(llama()), {key: value / 2 + 1 for key, value in drawn(llama()).items()}
+    folder = write(tmp_path / "a", trained_, init)
+    write(folder / f"{init}_init", start, True, **changes)
+    return folder, trained_, start
+
+
+@pytest.mark.parametrize("init", ["corda", "pissa_niter_4", "pissa", "lora_ga"])
+def test_a_start_that_was_saved_beside_it_is_taken_out(tmp_path: Path, init: str) -> None:
+    """W + s (B A - B0 A0): then nothing has to be known of how the start was made."""
+    folder, tensors, start = beside(tmp_path, init)
+    model = llama()
+    dense = copy.deepcopy(model).double()
+    for name, layer in dense.named_modules():
+        if name.endswith(tuple(TARGETS)):
+            a, b = (f"base_model.model.{name}.lora_{x}.weight" for x in "AB")
+            change = tensors[b].double() @ tensors[a].double()
+            layer.weight.data += 2 * (change - start[b].double() @ start[a].double())
+    with attach(model, folder) as adapters:
+        torch.testing.assert_close(run(model).double(), run(dense), atol=2e-4, rtol=1e-4)
+        assert len(adapters.report[str(folder)]) == 2 * len(tensors)
+
+
+def test_a_start_is_stored_with_its_adapter(tmp_path: Path) -> None:
+    folder, *_ = beside(tmp_path, "corda")
+    model, registry = llama(), Registry()
+    ingest.add(registry, folder, "team/corda")
+    with attach(model, folder):
+        expected = run(model)
+    with attach(model, ["team/corda"], registry=registry):
+        assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"lora_alpha": 3}, "lora_alpha: expected 6, found 3"), ({"r": 4}, "corda_init.*r: expected")],
+)
+def test_another_adapters_start_is_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder, *_ = beside(tmp_path, "corda", **changes)
+    with pytest.raises(AdapterError, match=message):
+        attach(llama(), folder)
+
+
+def test_a_start_that_lacks_a_module_is_named(tmp_path: Path) -> None:
+    folder, _, start = beside(tmp_path, "corda")
+    gone = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    rest = {key: value for key, value in start.items() if key != gone}
+    save_file(rest, folder / "corda_init" / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"1\.self_attn\.q_proj: expected a tensor start_B"):
+        attach(llama(), folder)
