@@ -17,17 +17,22 @@ BELOW = {
 # Steps inside hub, lowest first; a file stands on the first step that names it or its folder.
 STEPS = {
     "plain": {
-        "findings", "headers", "sources", "adapter", "fields", "matching", "recipes", "pickled", "storedzip",
+        "findings", "headers", "sources", "adapter", "fields", "matching", "recipes", "pickled",
+        "storedzip",
         "strided", "torchfile", "torchnames",
         "bases/base", "bases/attention", "bases/packed", "bases/places", "bases/values",
     },
     "maths": {"primitives", "tensors", "kinds", "quant", "blend"},
     "io": {
-        "formats", "bases", "locate", "read", "values", "sums", "fit", "rooting", "identity", "check", "task",
+        "formats", "bases", "locate", "read", "values", "sums", "fit", "rooting", "identity", "check",
+        "task",
         "norms", "frozen", "offline", "change", "reduce", "factored", "unfold",
     },
     "model": {"compose", "gather", "load", "merge/live"},
-    "outside": {"merge", "mixing", "made", "convert", "exporting", "recipe_versions", "parts", "remotes", "diff", "sync", "ingest", "describe", "arrival", "demo"},
+    "outside": {
+        "merge", "mixing", "made", "convert", "exporting", "recipe_versions", "parts", "remotes",
+        "diff", "sync", "ingest", "describe", "arrival", "demo",
+    },
 }  # fmt: skip
 RANK = {step: rank for rank, step in enumerate(STEPS)}
 NETWORK = {"socket", "http", "urllib.request", "requests", "httpx"}
