@@ -41,6 +41,16 @@ ALWAYS = (  # the main path, and what the tests of attach need: larger than othe
     "bert.ah_stack",
     "bert.ah_fuse",
     "bert.ah_stack_lora",
+    "bert.ptuning_v2_thudm",
+    "gpt2.prefix_li_liang_deep",
+    "gpt2.ptuning_v1_thudm_lstm",
+    "bert.ah_prefix",
+    "bert.ah_prompt_after_bos",
+    "gpt2.ah_prefix",
+    "llama.prefix",
+    "llama.prompt",
+    "t5.prefix",
+    "t5.prompt_both",
 )
 WHOLE = ("bases", "inputs", "expected_base", "bad.tar.gz")
 FAMILY = {
