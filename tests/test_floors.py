@@ -18,15 +18,13 @@ BELOW = {
 STEPS = {
     "plain": {
         "findings", "headers", "sources", "adapter", "fields", "matching", "recipes", "pickled",
-        "storedzip",
-        "strided", "torchfile", "torchnames",
+        "storedzip", "strided", "torchfile", "torchnames",
         "bases/base", "bases/attention", "bases/packed", "bases/places", "bases/values",
     },
     "maths": {"primitives", "tensors", "kinds", "quant", "blend"},
     "io": {
-        "formats", "bases", "locate", "read", "values", "sums", "fit", "rooting", "identity", "check",
-        "task",
-        "norms", "frozen", "offline", "change", "reduce", "factored", "unfold",
+        "formats", "bases", "locate", "read", "values", "sums", "fit", "rooting", "identity",
+        "check", "task", "norms", "frozen", "offline", "change", "reduce", "factored", "unfold",
     },
     "model": {"compose", "gather", "load", "merge/live"},
     "outside": {
