@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.hub import papers
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import CONV1D, EMBEDDING, LINEAR, METHODS, OTHER, Base
 from adapterkit.hub.check import check
@@ -79,6 +80,10 @@ class Conversion(Made):
     rank: int = 0
     dtype: str = ""
     modules: tuple[Converted, ...] = ()
+
+    def papers(self) -> Mapping[str, bytes]:
+        """How it was made, so that a folder that is added later still has its lineage."""
+        return {papers.FILE: papers.dump(self.files, self.parents, self.recipe)}
 
     @property
     def error(self) -> float:

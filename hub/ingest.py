@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.hub import papers
 from adapterkit.hub.adapter import Adapter, AdapterInfo
 from adapterkit.hub.bases.base import METHODS, Base, Quantization
 from adapterkit.hub.bases.spelling import spelled
@@ -124,7 +125,10 @@ def add(  # noqa: PLR0913
         findings = doubts + _fitting(adapter, base)
     info = summarize(adapter, digest=True)
     kept, skipped = _sorted_out(folder, adapter.files, chosen.include)
+    skipped = tuple((path, n_bytes) for path, n_bytes in skipped if path != papers.FILE)
+    said = papers.read(folder)
     meaning = _meaning(adapter, info, base, chosen)
+    meaning = replace(meaning, parents=said.parents, recipe=said.recipe)
     added = registry.add(
         name,
         {path: _path(folder, path) for path in kept},
@@ -134,7 +138,8 @@ def add(  # noqa: PLR0913
         attachments=_attachments(metrics, note),
         roles=kept,
     )
-    warnings = tuple(sorted({f for f in findings if f.severity == WARNING}))
+    doubts = [*findings, *said.findings]
+    warnings = tuple(sorted({f for f in doubts if f.severity == WARNING}))
     return Ingested(added, info, skipped, warnings)
 
 

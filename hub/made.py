@@ -87,13 +87,23 @@ class Made:
         """How it was made: inputs by digest, parameters, version of the tool."""
         return self.origin.recipe
 
+    def papers(self) -> Mapping[str, bytes]:
+        """What else is written into a folder."""
+        return {}
+
+    @property
+    def parents(self) -> tuple[dict[str, str], ...]:
+        """As a manifest has them."""
+        pairs = self.origin.parents
+        return tuple({"version": f"sha256:{id}", "relation": word} for id, word in pairs)
+
     def save(self, folder: str | Path) -> Path:
         """Write the files into a folder that is new or empty, all or nothing."""
         from adapterkit.registry.export import deliver
         from adapterkit.registry.files import Files
 
         def fill(part: Path) -> None:
-            for path, data in self.files.items():
+            for path, data in {**self.files, **self.papers()}.items():
                 (part / path).write_bytes(data)
 
         return deliver(Files(), Path(folder), self.name, fill)
@@ -113,7 +123,7 @@ class Made:
             self.info.record(),
             base,
             made.quantization,
-            tuple({"version": f"sha256:{id}", "relation": word} for id, word in made.parents),
+            self.parents,
             made.recipe,
             made.extra,
         )

@@ -26,9 +26,10 @@ STEPS = {
         "formats", "bases", "locate", "read", "values", "sums", "fit", "rooting", "identity",
         "check", "task", "norms", "frozen", "offline", "change", "reduce", "factored", "unfold",
     },
-    "model": {"compose", "gather", "load", "merge/live"},
+    "model": {"compose", "gather", "load", "merge/fidelity", "merge/live", "merge/undo",
+              "merge/update"},
     "outside": {
-        "merge", "mixing", "made", "convert", "exporting", "recipe_versions", "parts", "remotes",
+        "merge", "mixing", "made", "convert", "exporting", "recipe_versions", "papers", "parts", "remotes",
         "diff", "sync", "ingest", "describe", "arrival", "demo",
     },
 }  # fmt: skip

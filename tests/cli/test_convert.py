@@ -31,7 +31,7 @@ def test_a_truncation_prints_its_error_module_by_module(run, tone, llama, tmp_pa
     done = run("convert", tone, "--base", llama, "--rank", 8, "-o", tmp_path / "lora")
     assert "error 0." in done.stdout and "model.layers.0.self_attn.q_proj" in done.stdout
     assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors",
+        "adapter_config.json", "adapter_model.safetensors", "adapterkit.json",
     ]  # fmt: skip
     assert run("check", tmp_path / "lora", "--base", llama).exit_code == 0
 

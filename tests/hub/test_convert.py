@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -354,6 +355,16 @@ def test_what_is_stored_keeps_its_parents_and_how_it_was_made(
         assert made.add(registry, "small").id == done.id
         folder = registry.export("small", tmp_path / "out")
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == dict(made.files)
+        written = made.save(tmp_path / "folder")
+        again = ingest.add(registry, written, "again")
+        assert registry.manifest("again").recipe == manifest.recipe
+        assert registry.manifest("again").parents == manifest.parents
+        assert not again.skipped and not again.warnings
+        config = written / "adapter_config.json"
+        config.write_text(config.read_text().replace("\n", "\n\n", 1))
+        changed = ingest.add(registry, written, "changed")
+        assert [finding.code for finding in changed.warnings] == ["changed-since"]
+        assert registry.manifest("changed").parents == ()
         from adapterkit.hub.arrival import recheck
 
         recheck(manifest, registry.files("small"))
@@ -375,3 +386,37 @@ def test_a_folder_is_written_all_or_nothing(dora: Path, base: Path, tmp_path: Pa
     with pytest.raises(AdapterError, match="not empty"):
         made.save(tmp_path / "full")
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "mine"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"schema": "adapterkit.made/2"}, {"files": {}}, {"files": 3}, {"recipe": None}, {"more": 1},
+     {"parents": {}}, {"parents": [{"version": "sha256:ab", "relation": "converted-from"}]},
+     {"parents": [{"version": "sha256:" + "0" * 64, "relation": "part"}]}, {"parents": [5]}],
+)  # fmt: skip
+def test_hostile_papers_are_refused(
+    tmp_path: Path, base: Path, dora: Path, change: dict[str, Any]
+) -> None:
+    from adapterkit.hub import ingest
+    from adapterkit.registry.errors import DamagedError
+
+    folder = convert(dora, rank=2, base=base).save(tmp_path / "lora")
+    papers = folder / "adapterkit.json"
+    papers.write_text(json.dumps(json.loads(papers.read_text()) | change))
+    with Registry(tmp_path / "home") as registry:
+        with pytest.raises(DamagedError, match="adapterkit.json"):
+            ingest.add(registry, folder, "bad")
+        assert registry.list() == []
+
+
+def test_neither_transformers_nor_a_model_is_loaded(base: Path, dora: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom adapterkit.hub.convert import convert\n"
+        "made = convert(*sys.argv[1:2], rank=4, base=sys.argv[2])\nmade.save(sys.argv[3])\n"
+        "print(sorted({'transformers', 'bitsandbytes', 'peft'} & sys.modules.keys()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(dora), str(base), str(tmp_path / "out")],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert done.stdout == "[]\n"
