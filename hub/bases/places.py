@@ -158,6 +158,8 @@ _BART = Row(
 PLACES: dict[str, Row] = {
     "bert": _BERT,
     "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "deberta-v2": _BERT,
     "electra": _BERT,
     "distilbert": _DISTILBERT,
     "gpt2": _GPT2,
@@ -171,6 +173,7 @@ PLACES: dict[str, Row] = {
     "gemma": _LLAMA,
     "phi3": _LLAMA,
     "t5": _T5,
+    "mt5": _T5,
     "bart": _BART,
 }
 

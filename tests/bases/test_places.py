@@ -30,14 +30,16 @@ SMALL = {"vocab_size": 40, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_at
 DECODER = {**SMALL, "num_key_value_heads": 1, "head_dim": 8}
 MOE = {**DECODER, "moe_intermediate_size": 12, "num_experts": 4, "num_local_experts": 4,
        "num_experts_per_tok": 2, "shared_expert_intermediate_size": 12}  # fmt: skip
+TWO_STACKS = {"vocab_size": 40, "d_model": WIDTH, "num_layers": 2, "num_heads": 2, "d_kv": 8,
+              "d_ff": 24, "decoder_start_token_id": 0}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
-    "bert": SMALL, "roberta": SMALL, "electra": {**SMALL, "embedding_size": WIDTH},
+    "bert": SMALL, "roberta": SMALL, "xlm-roberta": SMALL, "deberta-v2": SMALL,
+    "electra": {**SMALL, "embedding_size": WIDTH},
     "distilbert": {"vocab_size": 40, "dim": WIDTH, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
     "gpt2": {"vocab_size": 40, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "n_positions": 32},
     "llama": DECODER, "mistral": DECODER, "qwen2": DECODER, "qwen3": DECODER, "gemma": DECODER,
-    "phi3": DECODER, "mixtral": MOE, "qwen2_moe": MOE, "qwen3_moe": MOE, "gemma2": DECODER,
-    "t5": {"vocab_size": 40, "d_model": WIDTH, "num_layers": 2, "num_heads": 2, "d_kv": 8,
-           "d_ff": 24, "decoder_start_token_id": 0},
+    "phi3": DECODER, "mixtral": MOE, "qwen2_moe": MOE, "qwen3_moe": MOE, "glm4": DECODER,
+    "t5": TWO_STACKS, "mt5": TWO_STACKS,
     "bart": {"vocab_size": 40, "d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2,
              "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
              "decoder_ffn_dim": 24, "max_position_embeddings": 32},
@@ -75,9 +77,9 @@ def llama(layer: Any, x: Tensor, attention: Tensor, net: Net) -> Tensor:
     return y + net(layer.mlp(layer.post_attention_layernorm(y)), y, None)
 
 
-def gemma2(layer: Any, x: Tensor, attention: Tensor, net: Net) -> Tensor:
-    y = x + net(layer.post_attention_layernorm(attention), x, None)
-    h = layer.post_feedforward_layernorm(layer.mlp(layer.pre_feedforward_layernorm(y)))
+def glm4(layer: Any, x: Tensor, attention: Tensor, net: Net) -> Tensor:
+    y = x + net(layer.post_self_attn_layernorm(attention), x, None)
+    h = layer.post_mlp_layernorm(layer.mlp(layer.post_attention_layernorm(y)))
     return y + net(h, y, None)
 
 
@@ -97,11 +99,11 @@ def bart(layer: Any, x: Tensor, attention: Tensor, net: Net) -> Tensor:
 BERT = (bert, "encoder.layer.0", "attention.self")
 LLAMA = (llama, "layers.0", "self_attn")
 BY_HAND: dict[str, tuple[Layer, str, str]] = {
-    "bert": BERT, "roberta": BERT, "electra": BERT,
+    **dict.fromkeys(["bert", "roberta", "xlm-roberta", "deberta-v2", "electra"], BERT),
     "distilbert": (distilbert, "transformer.layer.0", "attention"),
     "gpt2": (gpt2, "h.0", "attn"),
-    "gemma2": (gemma2, "layers.0", "self_attn"),
-    "t5": (t5, "encoder.block.0", "layer.0.SelfAttention"),
+    "glm4": (glm4, "layers.0", "self_attn"),
+    **dict.fromkeys(["t5", "mt5"], (t5, "encoder.block.0", "layer.0.SelfAttention")),
     "bart": (bart, "encoder.layers.0", "self_attn"),
     **dict.fromkeys(["llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe",
                      "gemma", "phi3"], LLAMA),
@@ -163,16 +165,13 @@ def by_formula(net: Bottleneck) -> Net:
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row of docs/add-a-family.md, in place."""
-    for name, row in list(PLACES.items()):
-        monkeypatch.setitem(PLACES, name, row)
     (block,) = re.findall(r"(?<=```python\n).*?(?=^```)", PAGE.read_text(), re.M | re.S)
-    monkeypatch.delitem(PLACES, "gemma2", raising=False)
-    monkeypatch.setitem(PLACES, "gemma2", PLACES["gemma"])  # so that the page's is taken back
+    monkeypatch.setitem(PLACES, "glm4", PLACES["llama"])  # so that the page's is taken back
     exec(block, {})
 
 
 def test_every_row_has_a_tiny_model_and_a_layer_by_hand() -> None:
-    assert {*PLACES, "gemma2"} == set(CONFIGS) == set(BY_HAND)
+    assert {*PLACES, "glm4"} == set(CONFIGS) == set(BY_HAND)
 
 
 @pytest.mark.usefixtures("example")
