@@ -508,6 +508,56 @@ def test_all_places_of_an_encoder_decoder_model(fixtures: Path, tmp_path: Path) 
         attach(model, write(tmp_path / "b", tensors, "t5", **{**settings, "leave_out": [n + 1]}))
 
 
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "intermediate_size": 24, "max_position_embeddings": 32, "pad_token_id": 0}  # fmt: skip
+# adapters 1.3 `models/*/mixin_*.py`: what each family calls its places, and where.
+FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "roberta": (SMALL, [
+        f"roberta.encoder.layer.{n}.{end}" for n in (0, 1) for end in ("attention.output", "output")
+    ]),
+    "distilbert": (
+        {"vocab_size": 40, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24}, [
+            f"distilbert.transformer.layer.{n}.{end}_adapters"
+            for n in (0, 1) for end in ("attention", "output")
+        ]),
+    "bart": (
+        {"vocab_size": 40, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
+         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24,
+         "decoder_ffn_dim": 24, "max_position_embeddings": 32, "num_labels": 2},
+        [f"model.encoder.layers.0.{end}_adapters" for end in ("attention", "output")]
+        + [f"model.decoder.layers.0.{end}_adapters"
+           for end in ("attention", "cross_attention", "output")]),
+    "mistral": ({**SMALL, "num_key_value_heads": 1, "head_dim": 8}, [
+        f"model.layers.{n}.{end}_adapters" for n in (0, 1) for end in ("attention", "output")
+    ]),
+    "qwen2": ({**SMALL, "num_key_value_heads": 1}, [
+        f"model.layers.{n}.{end}_adapters" for n in (0, 1) for end in ("attention", "output")
+    ]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_places_are_found_by_the_names_of_every_family(tmp_path: Path, family: str) -> None:
+    settings, paths = FAMILIES[family]
+    torch.manual_seed(2)
+    config = transformers.AutoConfig.for_model(family, **settings)
+    loader: Any = transformers.AutoModelForCausalLM
+    if family in ("roberta", "distilbert", "bart"):
+        loader = transformers.AutoModelForMaskedLM
+    model = loader.from_config(config).eval()
+    before = logits(model)
+    for n, path in enumerate(paths):  # each of them acts
+        tensors = {key: t for p in paths for key, t in network(p, 16, 2, seed=n).items()}
+        for key in tensors:
+            if ".adapter_up." in key and not key.startswith(f"{path}."):
+                tensors[key] = torch.zeros_like(tensors[key])
+        folder = write(tmp_path / f"a{n}", tensors, family, mh_adapter=True, cross_adapter=True)
+        with attach(model, folder) as adapters:
+            assert len(adapters.report[str(folder)]) == len(tensors)
+            assert (logits(model) - before).abs().max() > 1e-5
+    assert torch.equal(logits(model), before)
+
+
 def test_an_adapter_of_the_body_fits_a_model_with_a_head(copied: Any, fixtures: Path) -> None:
     def bare(tensors: Tensors) -> None:
         for key in list(tensors):
