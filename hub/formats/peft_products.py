@@ -12,7 +12,7 @@ from adapterkit.hub.matching import Patterns
 
 KNOWN = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern"})
 INERT = frozenset({"rank_dropout", "module_dropout", "init_weights"})
-# Of convolutions only, which are refused by their type.
+# Of convolutions only, whose shapes show it.
 CONVOLUTIONS = frozenset({"use_effective_conv2d"})
 
 
@@ -39,6 +39,8 @@ LOHA = PeftType(
         ".hada_w1_b": "w1_b",
         ".hada_w2_a": "w2_a",
         ".hada_w2_b": "w2_b",
+        ".hada_t1": "t1",
+        ".hada_t2": "t2",
     },
     fields=read,
     known=KNOWN,
@@ -54,6 +56,7 @@ LOKR = PeftType(
         ".lokr_w2": "w2",
         ".lokr_w2_a": "w2_a",
         ".lokr_w2_b": "w2_b",
+        ".lokr_t2": "t2",
     },
     fields=read,
     known=KNOWN,

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.bases.base import LINEAR, Module
+from adapterkit.hub.bases.base import CONV, LINEAR, Module
 from adapterkit.hub.fields import ProductFields
 from adapterkit.hub.findings import Finding
 from adapterkit.hub.kinds import replaced, targeted
-from adapterkit.hub.kinds.base import Lowered, Schema, Site, Summary
+from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
 from adapterkit.hub.kinds.targeted import IN, OUT, Form, Rules, Tensors
 from adapterkit.hub.primitives import DenseDelta, LowRank
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROLES = ("w1_a", "w1_b", "w2_a", "w2_b")
+# Of convolutions, which may be products of three: a core (r, r, kernel) between the two.
+CORES = ("t1", "t2")
 
 
 class Loha:
@@ -28,7 +30,15 @@ class Loha:
         return targeted.problems(adapter, _rules(adapter.fields))
 
     def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
-        return targeted.schema(adapter, modules, _rules(adapter.fields))
+        plain = targeted.schema(adapter, modules, _rules(adapter.fields))
+        tensors = dict(plain.tensors)
+        for (name, role), expected in plain.tensors.items():
+            module, held = modules[name], adapter.modules.get(name, {})
+            if module.type == CONV and "t1" in held and role in CORES:
+                tensors[name, role] = Expected((*expected.shape[:2], *kernel(module)))
+            elif module.type == CONV and "t1" in held and role in ("w1_b", "w2_b"):
+                tensors[name, role] = Expected((expected.shape[0], module.shape[1]))
+        return Schema(tensors, plain.findings)
 
     def lower(self, fields: ProductFields, site: Site, p: Mapping[str, Tensor]) -> Lowered:
         yield from replaced.lower(fields.replaced, site, p)
@@ -36,8 +46,11 @@ class Loha:
             return
         name, scale = site.module.name, fields.scaling(site.module.name)
         w1_a, w1_b, w2_a, w2_b = (p[role] for role in ROLES)
+        if "t1" in p and "t2" in p:
+            yield name, DenseDelta(scale * cored(p["t1"], w1_a, w1_b) * cored(p["t2"], w2_a, w2_b))
+            return
         rank = w1_a.shape[1] * w2_a.shape[1]
-        if rank * (len(w1_a) + w1_b.shape[1]) < len(w1_a) * w1_b.shape[1]:
+        if site.module.groups == 1 and rank * (len(w1_a) + w1_b.shape[1]) < len(w1_a) * w1_b.shape[1]:
             # the product of two sums is a sum over all pairs, so it has rank r * r
             b = (w1_a[:, :, None] * w2_a[:, None, :]).reshape(-1, rank)
             a = (w1_b[:, None, :] * w2_b[None, :, :]).reshape(rank, -1)
@@ -46,12 +59,32 @@ class Loha:
             yield name, DenseDelta(scale * (w1_a @ w1_b) * (w2_a @ w2_b))
 
 
+def cored(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """sum_ij core_ij a_i b_j for every place of the kernel, as a matrix (out, in k).  core
+    (r, r, k, k), a (r, out), b (r, in)."""
+    import torch
+
+    whole = torch.einsum("ijkl,ip,jq->pqkl", core, a, b)
+    return whole.flatten(1)
+
+
+def kernel(module: Module) -> tuple[int, ...]:
+    """As a core has it: with two sides."""
+    sides = module.shape[2:]
+    return sides if len(sides) > 1 else (*sides, 1)
+
+
 def _rules(fields: ProductFields) -> Rules:
     def form(module: str, tensors: Tensors) -> Form:
         r = fields.rank_of(module)
+        if all(role in tensors for role in CORES):
+            core, whole, part = (r, r, None, None), (r, OUT), (r, None)
+            return {
+                "t1": core, "t2": core, "w1_a": whole, "w1_b": part, "w2_a": whole, "w2_b": part,
+            }  # fmt: skip
         return {"w1_a": (OUT, r), "w1_b": (r, IN), "w2_a": (OUT, r), "w2_b": (r, IN)}
 
-    return Rules(frozenset(ROLES), (LINEAR,), form)
+    return Rules(frozenset((*ROLES, *CORES)), (LINEAR, CONV), form)
 
 
 def product_summary(adapter: Adapter, variant: str, roles: tuple[str, ...]) -> Summary:

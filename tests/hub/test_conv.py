@@ -273,3 +273,58 @@ def test_a_kernel_of_another_shape_is_named(
     tensors[f"base_model.model.{key}"] = edit(tensors[f"base_model.model.{key}"]).contiguous()
     with pytest.raises(AdapterError, match=key):
         attach(model, [write(tensors)])
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+@pytest.mark.parametrize("rank", [2, 8])
+@pytest.mark.parametrize("effective", [False, True])
+def test_products_of_kernels_are_pefts(
+    tmp_path: Path, kind: str, rank: int, effective: bool
+) -> None:
+    """Two factors, or three with a core between them; a kernel of LoKr whole or as a product."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = Nets(Config()).eval()
+    names = ("line", "plane", "point", "groups", "deep")
+    split = {"decompose_factor": 1} if kind == "LoKrConfig" else {}  # so that rank 2 is a product
+    config = getattr(peft, kind)(
+        r=rank, alpha=3, target_modules=list(names), use_effective_conv2d=effective,
+        rank_pattern={"plane": rank + 1}, **split,
+    )  # fmt: skip
+    wrapped = peft.get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "hada_" in name or "lokr_" in name:
+                parameter.copy_(torch.randn(parameter.shape) / 2)
+        expected = run(wrapped.base_model.model, names)
+        wrapped.save_pretrained(str(tmp_path))
+    plain = wrapped.unload()
+    assert not torch.allclose(run(plain, names)["line"], expected["line"], atol=1e-2)
+    with attach(plain, tmp_path) as adapters:
+        for name, found in run(plain, names).items():
+            torch.testing.assert_close(found, expected[name], atol=2e-5, rtol=1e-5)
+        held = load_file(tmp_path / "adapter_model.safetensors")
+        assert {row.tensor for row in adapters.report[str(tmp_path)]} == held.keys()
+
+
+@pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
+@pytest.mark.parametrize("effective", [False, True])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_a_factor_of_a_kernel_of_another_shape_is_named(
+    tmp_path: Path, kind: str, effective: bool, axis: int
+) -> None:
+    peft = pytest.importorskip("peft")
+    model = Nets(Config()).eval()
+    config = getattr(peft, kind)(
+        r=2, alpha=3, target_modules=["plane"], use_effective_conv2d=effective
+    )
+    wrapped = peft.get_peft_model(model, config).eval()
+    wrapped.save_pretrained(str(tmp_path))
+    plain, path = wrapped.unload(), tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for key, value in tensors.items():
+        if value.shape[axis] > 1:
+            cut = value.narrow(axis, 0, value.shape[axis] - 1).contiguous()
+            save_file(tensors | {key: cut}, path)
+            with pytest.raises(AdapterError, match=key):
+                attach(plain, tmp_path)
