@@ -57,8 +57,8 @@ TITLES = ("PARAMETER", "FORMAT", "CHANGE", "GAIN", "COSINE", "ERROR", "BASE ERRO
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pass_app
 def command(
-    app: App, sources: tuple[str, ...], base: str, output: Path | None, dry_run: bool, resume: bool,
-    as_json: bool, **settings: Any,
+    app: App, /, sources: tuple[str, ...], base: str, output: Path | None, dry_run: bool,
+    resume: bool, as_json: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Put adapters into the weights of their base.
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
@@ -40,6 +40,10 @@ from adapterkit.registry.errors import (
     InvalidError,
     NotFoundError,
 )
+
+if TYPE_CHECKING:
+    from adapterkit.hub.merge.fidelity import MergeReport
+    from adapterkit.hub.merge.live import Merged
 
 # The handle lies on the model itself: whoever drops the model drops its adapters.
 HANDLE = "adapterkit_adapters"
@@ -82,6 +86,7 @@ class Adapters:
         self._origin = Origin(base.name)
         self._own_heads: set[str] = set()  # that only adapters have: random until one is active
         self._detached = False
+        self._merged: Merged | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -191,8 +196,46 @@ class Adapters:
         self._active = active
         self._given = Setup({name: weight for name, weight in asked.items() if weight})
 
+    def merge_(self, undo: str | None = "auto", *, min_gain: float = 0.5) -> MergeReport:
+        """Puts what is active into the weights of the model; nothing is active afterwards.
+
+        undo: how `unmerge_` gets the base back: "source" from the files of the base, "memory" or
+        "disk" from a copy, None not at all; "auto": source where the files have these very
+        weights, else memory. Raises AdapterError if less than `min_gain` would survive in a
+        quantized weight, InvalidError for what no weight equals; then nothing has changed.
+        """
+        from adapterkit.hub.merge.live import merged
+
+        self._require_attached()
+        if self._active.is_composed or not self._active:
+            raise InvalidError("what is merged is a sum of adapters, and none is active")
+        active = dict(self._active)
+        given = dict(self._given)
+        folders = {name: (self._folders[name], weight) for name, weight in active.items()}
+        self.activate([])
+        try:
+            self._merged = merged(
+                self._model, self._base, folders, undo,
+                min_gain=min_gain, peft=self._options.dialect == "peft",
+            )  # fmt: skip
+        except BaseException:
+            self.activate(given)
+            raise
+        return self._merged.report
+
+    def unmerge_(self) -> None:
+        """The base's weights again, bit for bit; nothing is active. Raises ConflictError if
+        nothing is merged, or nothing was kept of them."""
+        if self._merged is None:
+            raise ConflictError("nothing is merged")
+        self._merged.unmerge()
+        self._merged = None
+
     def detach(self) -> None:
-        """The base again, bit for bit; this object is empty afterwards."""
+        """The base again, bit for bit; this object is empty afterwards. A merge without undo
+        stays."""
+        if self._merged is not None and not self._merged.is_final:
+            self.unmerge_()
         for part in reversed(self._parts):
             part.remove()
         self._lowered.clear()
@@ -211,6 +254,9 @@ class Adapters:
         return f"<Adapters {', '.join(f'{n}={self._given.get(n, 0.0):g}' for n in self.names)}>"
 
     def _require_attached(self) -> None:
+        if self._merged is not None:
+            hint = "attach anew" if self._merged.is_final else "unmerge_() first"
+            raise ConflictError("adapters are merged into the weights", hint=hint)
         if self._detached:
             raise ConflictError("these adapters were detached", hint="attach to the model again")
 

@@ -8,10 +8,14 @@ survived; cosine of the two; error = |applied - D| / |D|.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from adapterkit.hub.findings import clean
+from adapterkit.registry.errors import AdapterError, AdapterWarning
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,8 +114,9 @@ def together(every: Iterable[Fidelity], name: str = "in all", format_: str = "")
 class MergeReport:
     """What a merge did, or with dry_run would do.
 
-    folder: what was written, None for a dry run. parameters: one row for each that changed.
-    onto: `original` or `dequantized`, why: how that was chosen. quantization: of what was written.
+    folder: what was written, None for a dry run and for a live model. parameters: one row for each
+    that changed. onto: `original` or `dequantized`, why: how that was chosen. quantization: of
+    what was written.
     added: tensors that the base's files do not have. untied: whether a tied head became its own.
     size: bytes of the weights written. recipe: inputs by digest, weights, settings, tool version.
     """
@@ -163,3 +168,29 @@ class MergeReport:
             "parameters": [each.record() for each in self.parameters],
             "recipe": dict(self.recipe),
         }
+
+
+def guarded(report: MergeReport, min_gain: float, *, stop: bool) -> MergeReport:
+    """The report, if enough of the adapters survived. Raises AdapterError where the output is
+    quantized; else warns."""
+    found = report.guarded
+    if found.gain >= min_gain or not report.parameters:
+        return report
+    worst = min(report.parameters, key=lambda each: each.gain)
+    about = (
+        f"of the adapters {found.gain:.0%} would survive in {_format(report)} (gain"
+        f" {found.gain:.3f}, cosine {found.cosine:.3f}; least in {clean(worst.name)},"
+        f" {worst.gain:.3f}), less than min_gain {min_gain:g}"
+    )
+    advice = (
+        "write bf16: --quantize none --dtype bfloat16, or keep the base as it is and attach one"
+        " adapter that is blended of these; --min-gain 0 merges all the same"
+    )
+    if found.is_quantized and stop:
+        raise AdapterError(about, hint=advice)
+    warnings.warn(f"{about}; {advice}", AdapterWarning, stacklevel=4)
+    return report
+
+
+def _format(report: MergeReport) -> str:
+    return " and ".join(sorted({row.format for row in report.parameters}))

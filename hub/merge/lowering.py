@@ -19,7 +19,7 @@ from adapterkit.hub.findings import clean
 from adapterkit.hub.kinds import kind
 from adapterkit.hub.kinds.base import Whole
 from adapterkit.hub.offline import Ground, StoredSite, not_weights, targeted_at
-from adapterkit.hub.primitives import Additive, Gain, InputRotation, LowRank, Primitive, Replace
+from adapterkit.hub.primitives import Additive, Gain, InputRotation, Primitive
 from adapterkit.hub.quant.stored import Weights, read_stored
 from adapterkit.hub.tensors import read_finite
 from adapterkit.registry.errors import InvalidError
@@ -162,23 +162,3 @@ def _is_copy(base: Base, place: tuple[str, str], tensor: Tensor) -> bool:
         return False
     stored = read_stored(base.tensors, owner.weight[0])
     return stored.shape == tensor.shape and torch.equal(tensor.to(stored.dtype), stored)
-
-
-def same(a: list[Weighted], b: list[Weighted], *, turned: bool) -> bool:
-    """Whether two modules that share a weight get the same change of it. turned: one of them is
-    applied as the transpose of the other."""
-    return len(a) == len(b) and all(
-        x.weight == y.weight and _same(x.primitive, y.primitive, turned)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def _same(a: Primitive, b: Primitive, turned: bool) -> bool:
-    if isinstance(a, Replace) and isinstance(b, Replace):
-        return a.name == b.name and a.rows == b.rows and torch.equal(a.T, b.T)
-    if isinstance(a, LowRank) and isinstance(b, LowRank):
-        if {*map(id, (a.out_scale, a.rank_scale, b.out_scale, b.rank_scale))} != {id(None)}:
-            return False
-        left, right = (b.A.mT, b.B.mT) if turned else (b.B, b.A)
-        return a.scale == b.scale and torch.equal(a.B, left) and torch.equal(a.A, right)
-    return False

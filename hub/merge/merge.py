@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 
 from adapterkit.hub.bases.folder import CONFIG
 from adapterkit.hub.bases.weights import INDEX
-from adapterkit.hub.findings import clean
 from adapterkit.hub.merge import carried
-from adapterkit.hub.merge.fidelity import Fidelity, MergeReport
+from adapterkit.hub.merge.fidelity import Fidelity, MergeReport, guarded
 from adapterkit.hub.merge.given import Adapters
 from adapterkit.hub.merge.jobs import PACK, Job
 from adapterkit.hub.merge.making import Maker
@@ -20,7 +18,7 @@ from adapterkit.hub.merge.options import Options
 from adapterkit.hub.merge.planning import Plan, plan
 from adapterkit.hub.merge.shard import shard_writer
 from adapterkit.hub.merge.stage import Done, Stage, staged
-from adapterkit.registry.errors import AdapterError, AdapterWarning, InvalidError
+from adapterkit.registry.errors import InvalidError
 from adapterkit.registry.files import Files
 
 # Told of bytes of the base that were gone through.
@@ -95,7 +93,7 @@ def merge(  # noqa: PLR0913
     tasks = [Task(made, file, jobs) for file, jobs in made.shards.items()]
     if dry_run or out is None:
         rows = [row for task in tasks for row in _rows(task.run(None, progress))]
-        return guarded(_report(made, None, rows, 0), chosen, stop=False)
+        return guarded(_report(made, None, rows, 0), chosen.min_gain, stop=False)
     with staged(Files(), Path(out), made.identity, resume=resume) as stage:
         for task in tasks:
             if task.file not in stage.done:
@@ -105,7 +103,7 @@ def merge(  # noqa: PLR0913
         every = [stage.done[task.file] for task in tasks]
         rows = [row for done in every for row in done.parameters]
         size = sum(done.written.size for done in every)
-        report = guarded(_report(made, Path(out), rows, size), chosen, stop=True)
+        report = guarded(_report(made, Path(out), rows, size), chosen.min_gain, stop=True)
         _finish(made, stage, report)
     return report
 
@@ -126,32 +124,6 @@ def _report(made: Plan, folder: Path | None, rows: Sequence[Fidelity], size: int
         made.untied,
         size,
     )
-
-
-def guarded(report: MergeReport, options: Options, *, stop: bool) -> MergeReport:
-    """The report, if enough of the adapters survived. Raises AdapterError where the output is
-    quantized; else warns."""
-    found = report.guarded
-    if found.gain >= options.min_gain or not report.parameters:
-        return report
-    worst = min(report.parameters, key=lambda each: each.gain)
-    about = (
-        f"of the adapters {found.gain:.0%} would survive in {_format(report)} (gain"
-        f" {found.gain:.3f}, cosine {found.cosine:.3f}; least in {clean(worst.name)},"
-        f" {worst.gain:.3f}), less than min_gain {options.min_gain:g}"
-    )
-    advice = (
-        "write bf16: --quantize none --dtype bfloat16, or keep the base as it is and attach one"
-        " adapter that is blended of these; --min-gain 0 merges all the same"
-    )
-    if found.is_quantized and stop:
-        raise AdapterError(about, hint=advice)
-    warnings.warn(f"{about}; {advice}", AdapterWarning, stacklevel=3)
-    return report
-
-
-def _format(report: MergeReport) -> str:
-    return " and ".join(sorted({row.format for row in report.parameters}))
 
 
 def _finish(made: Plan, stage: Stage, report: MergeReport) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from adapterkit.hub.bases.base import EXPERTS, Base, Module
 from adapterkit.hub.bases.names import family_of
 from adapterkit.hub.findings import clean
-from adapterkit.hub.merge.lowering import Lowering, same
-from adapterkit.hub.merge.update import TRANSPOSED
+from adapterkit.hub.merge.lowering import Lowering
+from adapterkit.hub.merge.update import TRANSPOSED, same
 from adapterkit.registry.errors import MismatchError
 
 
@@ -103,6 +103,4 @@ def _is_untied(base: Base, lowering: Lowering) -> bool:
 
 def _changes_alike(base: Base, row: Module, owner: Module, lowering: Lowering) -> bool:
     turned = (row.type in TRANSPOSED) != (owner.type in TRANSPOSED)
-    mine = [u for u in lowering.updates(row.name) if getattr(u.primitive, "name", "") != "bias"]
-    theirs = [u for u in lowering.updates(owner.name) if getattr(u.primitive, "name", "") != "bias"]
-    return same(mine, theirs, turned=turned)
+    return same(lowering.updates(row.name), lowering.updates(owner.name), turned=turned)

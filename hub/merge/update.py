@@ -17,6 +17,7 @@ from adapterkit.hub.compose import gains, replacing
 from adapterkit.hub.compose.gains import Gains, rotate
 from adapterkit.hub.compose.plan import Replacement, Sums, Weighted, fold, split
 from adapterkit.hub.primitives import (
+    BiasShift,
     DenseDelta,
     LowRank,
     OutputGain,
@@ -164,3 +165,29 @@ def of_expert(primitive: Primitive, expert: int, rows: slice) -> Primitive:
 
 def _mine(scale: Tensor | None, expert: int, rows: slice) -> Tensor | None:
     return scale if scale is None or scale.ndim == 1 else scale[expert, rows]
+
+
+def same(a: Sequence[Weighted], b: Sequence[Weighted], *, turned: bool) -> bool:
+    """Whether two modules that share a weight get the same change of it. turned: one of them is
+    applied as the transpose of the other."""
+    mine, theirs = ([u for u in each if not on_bias(u.primitive)] for each in (a, b))
+    return len(mine) == len(theirs) and all(
+        x.weight == y.weight and _same(x.primitive, y.primitive, turned)
+        for x, y in zip(mine, theirs, strict=True)
+    )
+
+
+def on_bias(primitive: Primitive) -> bool:
+    is_replaced = isinstance(primitive, Replace) and primitive.name == "bias"
+    return is_replaced or isinstance(primitive, BiasShift)
+
+
+def _same(a: Primitive, b: Primitive, turned: bool) -> bool:
+    if isinstance(a, Replace) and isinstance(b, Replace):
+        return a.name == b.name and a.rows == b.rows and torch.equal(a.T, b.T)
+    if isinstance(a, LowRank) and isinstance(b, LowRank):
+        if {*map(id, (a.out_scale, a.rank_scale, b.out_scale, b.rank_scale))} != {id(None)}:
+            return False
+        left, right = (b.A.mT, b.B.mT) if turned else (b.B, b.A)
+        return a.scale == b.scale and torch.equal(a.B, left) and torch.equal(a.A, right)
+    return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +25,18 @@ class Format(Protocol):
 
     def read_weight(self, module: nn.Module) -> Tensor:
         """The weight, dequantized, float32, (out, in) as it is applied; on the module's device."""
+        ...
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        """All that the weight is made of, by reference: copied into, the module has another."""
+        ...
+
+    def write_weight(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+        """What `tensors` would have to hold for this weight, (out, in) float32. Changes nothing."""
+        ...
+
+    def means(self, module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight, (out, in) float32, that such tensors stand for."""
         ...
 
     def values(self, module: nn.Module, numbers: list[float], start: int) -> Values:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes
@@ -59,6 +61,46 @@ def requantized(module: nn.Module, dense: Tensor) -> Tensor:
     )
     found: Tensor = bitsandbytes.functional.dequantize_4bit(codes, again).float()
     return found
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    layer: Any = module
+    return {"codes": layer.weight.data, **_scales(layer.weight.quant_state)}
+
+
+def _scales(state: Any) -> dict[str, Tensor]:
+    found = {"absmax": state.absmax}
+    if state.nested:
+        found |= {"offset": state.offset, "nested_absmax": state.state2.absmax}
+    return found
+
+
+def write_weight(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+    layer: Any = module
+    codes, state = _quantized(layer.weight, weight)
+    return {"codes": codes.reshape(layer.weight.data.shape), **_scales(state)}
+
+
+def _quantized(held: Any, weight: Tensor) -> tuple[Tensor, Any]:
+    found: tuple[Tensor, Any] = bitsandbytes.functional.quantize_4bit(
+        weight.contiguous().to(held.device),
+        blocksize=held.blocksize,
+        compress_statistics=held.compress_statistics,
+        quant_type=held.quant_type,
+        quant_storage=held.data.dtype,
+    )
+    return found
+
+
+def means(module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+    layer: Any = module
+    state = copy.copy(layer.weight.quant_state)
+    state.absmax = tensors["absmax"]
+    if state.nested:
+        state.state2 = copy.copy(state.state2)
+        state.offset, state.state2.absmax = tensors["offset"], tensors["nested_absmax"]
+    found: Tensor = bitsandbytes.functional.dequantize_4bit(tensors["codes"], state)
+    return found.float()
 
 
 def values(module: nn.Module, numbers: list[float], start: int) -> Values:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,6 +29,23 @@ def read_weight(module: nn.Module) -> Tensor:
     if isinstance(module, Conv1D | nn.Embedding):  # stored (in, out), and (rows, width)
         return weight.mT
     return weight
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    layer: Any = module
+    return {"weight": layer.weight.data}
+
+
+def write_weight(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+    layer: Any = module
+    if isinstance(module, Conv1D | nn.Embedding):
+        weight = weight.mT
+    return {"weight": weight.to(layer.weight.dtype).reshape(layer.weight.shape)}
+
+
+def means(module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+    weight = tensors["weight"].float()
+    return weight.mT if isinstance(module, Conv1D | nn.Embedding) else weight
 
 
 def values(module: nn.Module, numbers: list[float], start: int) -> Values:
