@@ -44,12 +44,14 @@ class Needed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A blob as it is. digest: of its bytes; error: why they could not be read."""
+    """A blob as it is. digest: of its bytes; error: why they could not be read; gone: collected
+    since it was listed."""
 
     name: str
     size: int = 0
     digest: str = ""
     error: str = ""
+    gone: bool = False
 
     @property
     def good(self) -> bool:
@@ -141,6 +143,8 @@ def see(blobs: Blobs, path: Path, name: str, progress: Progress) -> Seen:
                 hasher.update(data)
                 size += len(data)
                 progress(len(data))
+    except FileNotFoundError:
+        return Seen(name, gone=True)
     except OSError as error:
         return Seen(name, size, error=f"cannot be read: {error.strerror or error}")
     return Seen(name, size, hasher.hexdigest())
@@ -150,6 +154,8 @@ def judge(blobs: Blobs, needs: Needed, found: Found, seen: Iterable[Seen]) -> It
     """What is wrong with blobs, and which of those that are needed are not among `seen`."""
     missing = set(needs.sizes)
     for each in seen:
+        if each.gone:
+            continue
         found.n_blobs += 1
         found.n_bytes += each.size
         missing.discard(each.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ BUSY_SECONDS = 60
 _SIDES = ("-wal", "-shm", "")
 # In KiB, used when needed: ids lie everywhere, so that making a large catalog touches all pages.
 CACHE = -64 * 1024
+# Of one of its own: verify has two.
+OWN_CACHE = -24 * 1024
 
 
 class NewerError(sqlite3.DatabaseError):
@@ -58,8 +61,8 @@ class Catalog:
         have = self._number("PRAGMA user_version")
         if have > len(STEPS):
             raise NewerError(f"the catalog has schema {have}, newer than {len(STEPS)}")
-        sync = "OFF" if alone else "FULL"
-        settings = (f"journal_mode = {journal}", f"synchronous = {sync}", f"cache_size = {CACHE}")
+        sync, cache = "OFF" if alone else "FULL", OWN_CACHE if self.path is None else CACHE
+        settings = (f"journal_mode = {journal}", f"synchronous = {sync}", f"cache_size = {cache}")
         for setting in settings:
             self.db.execute(f"PRAGMA {setting}").fetchall()
         if have < len(STEPS):
@@ -173,7 +176,7 @@ def knows_more(old: Path, new: Path) -> bool:
     blobs, does not; or cannot be asked."""
     connection = sqlite3.connect(old, isolation_level=None)
     try:
-        connection.execute("ATTACH ? AS new", [str(new)])
+        connection.execute("ATTACH ? AS new", [os.fsencode(new)])
         events = "SELECT seq, kind, name, created, author, payload FROM {}.events"
         manifests = "SELECT id, data FROM {}.manifests WHERE damaged = ''"
         for query in (events, manifests):

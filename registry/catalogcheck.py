@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
@@ -14,6 +15,8 @@ from adapterkit.registry.problems import CATALOG, Problem
 
 # ValueError: text, also that of SQLite's own messages, that is no UTF-8 any more.
 UNREADABLE = (sqlite3.Error, ValueError, TypeError)
+# What SQLite says where it cannot make them.
+_NO_SIDES = ("SQLITE_CANTOPEN", "SQLITE_READONLY")
 REBUILD = "adapter verify --rebuild"
 # Whose rows stay as they were when a blob of a removed version is gone.
 _LIVE = "IN (SELECT id FROM versions WHERE removed IS NULL)"
@@ -27,32 +30,44 @@ _FROM_BLOBS = {
 def copy_of(path: Path) -> Catalog:
     """A copy in memory: nothing done to it, and nobody who writes, disturbs the other.
 
-    Raises one of UNREADABLE when it cannot be read.
+    Raises one of UNREADABLE when it cannot be read, FileNotFoundError when there is none.
     """
-    copy = Catalog(None)
-    try:
-        source = _open(path)
+    while True:
+        inode, copy = path.stat().st_ino, Catalog(None)
         try:
-            source.backup(copy.db.conn)
-        finally:
-            source.close()
-    except BaseException:
+            _copy(path, copy)
+        except UNREADABLE:
+            copy.close()
+            if path.stat().st_ino == inode:
+                raise
+            continue  # it was replaced meanwhile, and its journal is the one of the new catalog
+        except BaseException:
+            copy.close()
+            raise
+        if path.stat().st_ino == inode:
+            return copy
         copy.close()
-        raise
-    return copy
+
+
+def _copy(path: Path, copy: Catalog) -> None:
+    source = _open(path)
+    try:
+        source.backup(copy.db.conn)
+    finally:
+        source.close()
 
 
 def _open(path: Path) -> sqlite3.Connection:
     # Where the folder cannot be written, the side files of WAL can only be done without.
     for options in ("mode=ro", "mode=ro&immutable=1"):
-        uri = f"file:{quote(str(path))}?{options}"
+        uri = f"file:{quote(os.fsencode(path))}?{options}"
         source = sqlite3.connect(uri, uri=True, timeout=BUSY_SECONDS)
         try:
             source.execute("SELECT 1 FROM sqlite_master").fetchone()
             return source
         except UNREADABLE as error:
             source.close()
-            if getattr(error, "sqlite_errorname", "") != "SQLITE_CANTOPEN":
+            if not getattr(error, "sqlite_errorname", "").startswith(_NO_SIDES):
                 raise
     raise sqlite3.OperationalError(f"{path.name} cannot be opened")
 

@@ -108,7 +108,12 @@ class Home:
         return self._made and not self.locking.only_reading and self.files.writable(self.path)
 
     def _on_disk(self, path: Path) -> Catalog:
-        return Catalog(path, shared=not self.locking.doubt)
+        while True:
+            before = _inode(path)
+            catalog = Catalog(path, shared=not self.locking.doubt)
+            if before in (None, _inode(path)):
+                return catalog
+            catalog.close()  # it was replaced meanwhile: the journal is not of what was opened
 
     def _make_catalog(self, path: Path) -> Catalog:
         try:
@@ -163,9 +168,13 @@ class Home:
                     self._make(part)  # what was written since
                     self.catalog.close()
                     self._put_catalog(part)
+                self.catalog = self._open_catalog()
+            except BaseException:
+                self.catalog.close()
+                self.catalog = Catalog(None)  # until the next one who writes
+                raise
             finally:
                 self.files.unlink(part)
-            self.catalog = self._open_catalog()
         return None
 
     def _make(self, part: Path) -> None:
@@ -216,13 +225,20 @@ class Home:
                 return query(self.catalog)
             except _UNUSABLE as error:
                 broken = _is_broken(error)
-            if broken:
-                self.rebuild()
-            else:
+            if not broken or not self._is_rebuilt():
                 self.catalog.close()
                 self.catalog = Catalog(None)
                 self._refresh()
             return query(self.catalog)
+
+    def _is_rebuilt(self) -> bool:
+        """Not where there is no room for it, or where the log is damaged, which the next one tells
+        who reads it."""
+        try:
+            self.rebuild()
+        except AdapterError:
+            return False
+        return True
 
     def remember(self, digest: str, stamp: Stamp) -> None:
         """That a blob was read and found good; where that cannot be written, it is read again."""
@@ -260,6 +276,10 @@ class Home:
                 AdapterWarning,
                 stacklevel=5,
             )
+
+
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
 
 
 def _is_broken(error: Exception) -> bool:

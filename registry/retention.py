@@ -44,7 +44,7 @@ class Retention:
     def _may_go(self, version: Version, now: datetime) -> bool:
         if self.keep_tagged and version.tags:
             return False
-        return self.older_than is None or _moment(version.created) < now - self.older_than
+        return self.older_than is None or now - _moment(version.created) > self.older_than
 
 
 def latest(versions: Sequence[Version]) -> Version:

@@ -18,8 +18,8 @@ MAX_SIZE = 64 << 20
 MAX_DIGITS = 100
 # The largest integer that JSON readers agree on.
 MAX_INTEGER = 2**53 - 1
-# A number that may be larger; or a part of a digest.
-_LONG = re.compile(rb"\d{16}")
+# A number that may be larger, or a text that looks like one.
+_LONG = re.compile(rb"[:,\[-]\d{16}")
 _WRITER = json.JSONEncoder(
     sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
 )

@@ -62,8 +62,15 @@ def verify_version(home: Home, ref: Ref, progress: Progress | None = None) -> He
 def to_read(home: Path) -> int:
     """Bytes that verify will read, for a progress bar."""
     blobs = Blobs(home / "blobs", home / "tmp", Files())
-    stamps = (blobs.stamp(name) for name in blobcheck.walk(blobs, Found()))
-    return sum(stamp.size for stamp in stamps if stamp is not None)
+    return sum(_size(blobs.path(name)) for name in blobcheck.walk(blobs, Found()))
+
+
+def _size(path: Path) -> int:
+    """0 where it cannot be told: verify says why."""
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
 
 
 def _silent(size: int) -> None:
@@ -137,6 +144,8 @@ class _Check:
             return None
         try:
             copy = catalogcheck.copy_of(path)
+        except FileNotFoundError:  # just now: it is about to be replaced
+            return None
         except catalogcheck.UNREADABLE as error:
             self.faults.append(catalogcheck.damaged(f"cannot be read: {error}"))
             return None
@@ -214,6 +223,8 @@ class _Check:
         known, found = not state.faults and not unreadable(needs.catalog), Found()
         seen = blobcheck.look(self.blobs, list(blobcheck.walk(self.blobs, found)), self.progress)
         faults = list(blobcheck.judge(self.blobs, needs, found, seen))
+        if found.lost and self.log.size() > state.end.offset:
+            faults = self._still_needed(faults, found, needs.catalog)
         # Where it is not known what is needed, nothing can be said to be needed by nobody.
         self.faults += [f for f in faults if known or f.what != problems.ORPHAN]
         self.faults += self._malformed(needs.catalog)
@@ -222,6 +233,17 @@ class _Check:
         self.lost = {d: Need(needs.sizes[d], needs.by(d)) for d in sorted(found.lost)}
         self.astray = {seen.digest: path for path, seen in strange if seen.digest in needs.sizes}
         return found
+
+    def _still_needed(
+        self, faults: list[Problem], found: Found, catalog: Catalog
+    ) -> list[Problem]:
+        """Without what is missing because its version was removed, and it collected, meanwhile."""
+        with catalog.transaction():
+            catalog.catch_up(self.log, self._reader(None))
+        sizes = Needs(catalog).sizes
+        gone = {self._shown(digest) for digest in found.lost if digest not in sizes}
+        found.lost &= sizes.keys()
+        return [f for f in faults if f.what != problems.MISSING or f.where not in gone]
 
     def _malformed(self, catalog: Catalog) -> Iterator[Problem]:
         """Manifests with the right digest that are none all the same."""

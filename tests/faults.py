@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sqlite3
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,27 +41,9 @@ class Counting(Files):
         return counted
 
 
-class Dying(Counting):
-    """Kills its process at change number `last`, a write in the middle of it."""
-
-    def __init__(self, last: int) -> None:
-        super().__init__(self._maybe)
-        self.last = last
-
-    def _maybe(self, number: int, name: str) -> None:
-        if number == self.last and name != "write":
-            die()
-
-    def write(self, file: BinaryIO, data: bytes) -> None:
-        if len(self.names) == self.last:
-            super().write(file, data[: len(data) // 2])
-            die()
-        super().write(file, data)
-
-
 class Everything(Counting):
     """Calls `at` before each touch of the file system, reads too, and (inside `installed`) before
-    each SQL statement; both are counted together. A write that dies does so in its middle."""
+    each SQL statement; both are counted together."""
 
     def __getattribute__(self, name: str) -> object:
         found = super().__getattribute__(name)
@@ -86,6 +69,10 @@ class Everything(Counting):
                 hit("sql")
                 return super().execute(*given)
 
+            def executemany(self, *given: object) -> sqlite3.Cursor:
+                hit("sql")
+                return super().executemany(*given)
+
         def connect(place: object, **options: object) -> sqlite3.Connection:
             if not place:  # one of its own, which has no disk that could fail
                 return real(place, **options)
@@ -98,8 +85,8 @@ class Everything(Counting):
             sqlite3.connect = real
 
 
-class DyingEverywhere(Everything):
-    """Kills its process at touch number `last`."""
+class _Mortal:
+    """Beside a class that counts: kills its process at number `last`, a write in the middle."""
 
     def __init__(self, last: int) -> None:
         super().__init__(self._maybe)
@@ -114,6 +101,14 @@ class DyingEverywhere(Everything):
             super().write(file, data[: len(data) // 2])
             die()
         super().write(file, data)
+
+
+class Dying(_Mortal, Counting):
+    """At a change."""
+
+
+class DyingEverywhere(_Mortal, Everything):
+    """At any touch."""
 
 
 SQL_ERRORS = {
@@ -162,6 +157,8 @@ def in_child(work: Callable[[], None]) -> bool:
         try:
             work()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     _, status = os.waitpid(child, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -379,4 +380,20 @@ def test_words_are_found_again_after_a_lost_manifest_is_back(filled):
     with Registry(filled) as registry:
         registry.publish("team/sql", "1.0", data)
         assert [v.name for v in registry.search("good card")] == ["team/sql"]
+    assert verify(filled).damage == ()
+
+
+def test_what_is_removed_and_collected_meanwhile_is_no_damage(filled):
+    """After it was listed: neither what a version needed, nor what nothing needed."""
+    with Registry(filled) as other:
+        done = []
+
+        def meanwhile(size: int) -> None:
+            if not done:
+                done.append(size)
+                other.rm("tone")
+                other.gc(timedelta(0))
+
+        found = verify(filled, progress=meanwhile)
+    assert done and found.damage == ()
     assert verify(filled).damage == ()
