@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from adapterkit.hub.bases.base import EXPERTS, LINEAR, Base, Module
 from adapterkit.hub.bases.families import FAMILIES, Family
 from adapterkit.hub.bases.names import Names
+from adapterkit.registry.errors import MismatchError
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,10 @@ def _stored(base: Base, family: Family, wanted: Collection[str]) -> Iterator[Spe
     """A vision model's modules as its checkpoints are named, where the adapter names them so."""
     if not family.embedding.startswith("language_model."):
         return
-    names = Names.of(base.config, base.architecture or None)
+    try:
+        names = Names.of(base.config, base.architecture or None)
+    except MismatchError:  # a class of its own, whose names nobody knows
+        return
     found = {}
     for name in wanted:
         row = (names.runtime(f"{name}.weight") or "").rpartition(".")[0]

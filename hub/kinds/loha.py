@@ -47,7 +47,8 @@ class Loha:
         name, scale = site.module.name, fields.scaling(site.module.name)
         w1_a, w1_b, w2_a, w2_b = (p[role] for role in ROLES)
         if "t1" in p and "t2" in p:
-            yield name, DenseDelta(scale * cored(p["t1"], w1_a, w1_b) * cored(p["t2"], w2_a, w2_b))
+            product = cored(p["t1"], w1_a, w1_b) * cored(p["t2"], w2_a, w2_b)
+            yield name, DenseDelta(scale * product)
             return
         rank = w1_a.shape[1] * w2_a.shape[1]
         if site.module.groups == 1 and rank * (len(w1_a) + w1_b.shape[1]) < len(w1_a) * w1_b.shape[1]:
