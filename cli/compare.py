@@ -34,7 +34,7 @@ def command(
     app: App, sources: tuple[str, ...], base: str | None, quantization: str | None,
     png: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Show how alike the changes of adapters are, and what is at stake when they are added.
+    """Show how alike adapters are, and what adding them puts at stake.
 
     COSINE is that of the two changes as vectors. OUTPUTS and INPUTS say how far they write to and
     read from the same subspaces (mean squared cosine of the principal angles). CONFLICT is the

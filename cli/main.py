@@ -27,7 +27,7 @@ COMMANDS = {
     "inspect": "Show how an adapter is understood: format, kind, every tensor.",
     "log": "Show what happened to an adapter, newest first.",
     "diff": "Show what differs between two adapters.",
-    "compare": "Show how alike the changes of adapters are.",
+    "compare": "Show how alike adapters are, and what adding them puts at stake.",
     "tag": "Point a tag at a version.",
     "rm": "Remove a version, or a tag.",
     "yank": "Say that a version should not be used any more.",
