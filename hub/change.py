@@ -70,8 +70,8 @@ def change_of(ground: Ground, name: str, made: Sequence[Primitive]) -> Change | 
     lows = [p for p in acting if isinstance(p, LowRank)]
     if any(p.B.ndim != 2 for p in lows):
         raise InvalidError(
-            f"{clean(ground.adapter.name)}: at {clean(name)}, factors of the experts' fused weights"
-            " are those of many matrices, not of one"
+            f"{clean(ground.adapter.name)}: at {clean(name)}, the factors are those of a"
+            " convolution or of many matrices, not of one matrix"
         )
     pairs = [_factors(p) for p in lows]
     if rho is not None or columns is not None:

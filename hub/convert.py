@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.hub import papers
 from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.bases import base as bases
 from adapterkit.hub.bases.base import CONV1D, EMBEDDING, LINEAR, METHODS, OTHER, Base
 from adapterkit.hub.check import check
 from adapterkit.hub.findings import INCOMPATIBLE, OTHER_WEIGHTS, clean, listing
@@ -19,6 +20,7 @@ from adapterkit.hub.kinds import kind
 from adapterkit.hub.locate import Source, locate
 from adapterkit.hub.made import Made, input_of, origin_of, tool
 from adapterkit.hub.offline import Ground, lowered
+from adapterkit.hub.primitives import LowRank, Primitive, Replace
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.rooting import rooted
 from adapterkit.hub.sources import Folder
@@ -37,7 +39,8 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 HALVES = ("F16", "BF16")
 REPEATED = ("wrapper.", "frozen.")
 # Of modules that PEFT's LoRA gives two factors; routers of experts are OTHER.
-TYPES = (LINEAR, CONV1D, EMBEDDING, OTHER)
+TYPES = (LINEAR, CONV1D, EMBEDDING, OTHER, bases.EXPERTS)
+EXPERTS = ("experts_A", "experts_B")
 
 
 @dataclass(frozen=True)
@@ -170,15 +173,20 @@ def _converted(folder: Folder, ground: Ground, rank: int | None, chosen: Options
     size = max(1, *(factors.rank for factors in pairs.values()))
     parts: dict[Place, Part] = {place: Part.of(adapter.tensors[place]) for place in carried}
     rows = []
-    for name, factors in pairs.items():
-        stored = factored.stored(factors, size, dtype)
-        a, b = _roles(ground, name)
+    for name, every in grouped(pairs).items():
+        labels, each = zip(*every, strict=True)
+        fused = labels != (name,)
+        stored = (
+            factored.joined(each, size, dtype) if fused else factored.stored(each[0], size, dtype)
+        )
+        a, b = EXPERTS if fused else _roles(ground, name)
         parts[name, a], parts[name, b] = stored.a, stored.b
-        done, it = found[name], factors
-        rows.append(Converted(name, done.needed, it.rank, done.error, stored.rounding, done.size))
+        for label, it in every:
+            done, lost = found[label], stored.rounding
+            rows.append(Converted(label, done.needed, it.rank, done.error, lost, done.size))
     if shifts:
         parts |= biases(ground, pairs, shifts, dtype)
-    config = peft_write.lora_config(adapter, size, pairs, lora_bias=bool(shifts))
+    config = peft_write.lora_config(adapter, size, set(grouped(pairs)), lora_bias=bool(shifts))
     recipe = _recipe(folder, ground, rank, chosen)
     names = touched(adapter, ground.base) if ground.base is not None else []
     origin = origin_of(folder, ground.base, names, recipe, "converted-from")
@@ -214,18 +222,40 @@ def _changes(ground: Ground, own: Collection[Place]) -> Iterator[tuple[str, Chan
     }
     strange = []
     for name, made in lowered(ground, tensors):
-        change = change_of(ground, name, made)
-        if change is None:
+        if all(isinstance(primitive, Replace) for primitive in made):
             continue
         if ground.module(name).type not in TYPES:
             strange.append(f"{clean(name)} ({ground.module(name).type})")
             continue
-        yield name, change
+        for label, each in _by_expert(name, made):
+            change = change_of(ground, label, each)
+            if change is not None:
+                yield label, change
     if strange:
         raise InvalidError(
             f"{clean(ground.adapter.name)} changes modules that no plain LoRA of PEFT changes:"
             f" {', '.join(strange[:10])}"
         )
+
+
+def _by_expert(
+    name: str, made: Sequence[Primitive]
+) -> Iterator[tuple[str, Sequence[Primitive]]]:
+    """The primitives of each matrix in a fused weight of experts; of any other module, its own."""
+    fused = [p for p in made if isinstance(p, LowRank) and p.B.ndim == 3]
+    if not fused or len(fused) < len(made):
+        yield name, made
+        return
+    for expert in range(len(fused[0].B)):
+        yield f"{name}[{expert}]", [LowRank(p.B[expert], p.A[expert], p.scale) for p in fused]
+
+
+def grouped(pairs: Mapping[str, Factors]) -> dict[str, list[tuple[str, Factors]]]:
+    """Module -> its label and factors, or those of its experts in order."""
+    found: dict[str, list[tuple[str, Factors]]] = {}
+    for label, factors in pairs.items():
+        found.setdefault(label.partition("[")[0], []).append((label, factors))
+    return found
 
 
 def _require_some(adapter: Adapter, found: Mapping[str, Reduced], rank: int | None) -> None:
@@ -264,11 +294,12 @@ def biases(
     """PEFT's `lora_bias` is for all modules or none: those without a shift get zeros."""
     from adapterkit.hub.factored import vector
 
-    tables = [name for name in pairs if ground.module(name).type == EMBEDDING]
-    if tables:
+    kinds = {name: ground.module(name).type for name in grouped(pairs)}
+    odd = [name for name, type_ in kinds.items() if type_ in (EMBEDDING, bases.EXPERTS)]
+    if odd:
         raise InvalidError(
-            f"{clean(ground.adapter.name)} shifts biases and changes {clean(tables[0])}, an"
-            " embedding: PEFT's lora_bias is not for those"
+            f"{clean(ground.adapter.name)} shifts biases and changes {clean(odd[0])}, an"
+            f" {kinds[odd[0]]} module: PEFT's lora_bias is not for those"
         )
     return {
         (name, "B_bias"): vector(shifts.get(name), factors.shape[0], dtype)

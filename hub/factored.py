@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +62,20 @@ def _rounding(factors: Factors, b: Tensor, a: Tensor) -> float:
     )
     size = norm(factors)
     return norm(lost) / size if size else 0.0
+
+
+def joined(every: Sequence[Factors], rank: int, dtype: str) -> Written:
+    """Of all experts in one pair, as PEFT lays it out: A (experts r, in), the expert slow, and B
+    (out, r experts), the expert fast."""
+    (n_out, n_in), count = every[0].shape, len(every)
+    b = torch.zeros(count, n_out, rank, dtype=torch.float64)
+    a = torch.zeros(count, rank, n_in, dtype=torch.float64)
+    for expert, factors in enumerate(every):
+        b[expert, :, : factors.rank], a[expert, : factors.rank] = factors.B, factors.A
+    rounding = max(stored(factors, rank, dtype).rounding for factors in every)
+    wide = a.reshape(count * rank, n_in).to(DTYPES[dtype])
+    tall = b.permute(1, 2, 0).reshape(n_out, rank * count).to(DTYPES[dtype])
+    return Written(part(wide, dtype), part(tall, dtype), rounding)
 
 
 def vector(values: Tensor | None, size: int, dtype: str) -> Part:

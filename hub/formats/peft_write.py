@@ -17,12 +17,16 @@ from adapterkit.hub.formats.files import CONFIG
 from adapterkit.hub.formats.peft import WEIGHTS
 from adapterkit.hub.formats.peft_config import MAX_RANK
 from adapterkit.hub.formats.peft_keys import PREFIX, ROOT
+from adapterkit.hub.formats.peft_parameters import INNER, ORDER
 from adapterkit.hub.formats.peft_prompt import PROMPT
 from adapterkit.hub.formats.peft_type import PeftType, peft_type
 from adapterkit.hub.formats.safetensors_write import Part, dump
 from adapterkit.registry.errors import InvalidError
 
 Place = tuple[str, str]
+FUSED = ("experts_A", "experts_B")
+# Since it, factors of a fused weight are those of its experts as linear layers.
+RULES = "0.21.0"
 FORKS = ("BOTTLENECK",)
 PROMPTS = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 # Tasks for which PEFT adds the head to `modules_to_save`, whatever the config says.
@@ -61,7 +65,9 @@ def _keys(row: PeftType, places: Collection[Place]) -> dict[Place, str]:
     found: dict[Place, str] = {}
     strange = []
     for module, role in places:
-        if not module and role in whole:
+        if role in FUSED:
+            found[module, role] = _fused_key(module, role, places)
+        elif not module and role in whole:
             found[module, role] = ROOT + whole[role]
         elif role in endings:
             found[module, role] = f"{PREFIX}{module}{endings[role]}"
@@ -73,6 +79,15 @@ def _keys(row: PeftType, places: Collection[Place]) -> dict[Place, str]:
         shown = ", ".join(sorted(strange)[:20])
         raise InvalidError(f"PEFT's {row.kind} has no tensor for {shown}")
     return found
+
+
+def _fused_key(module: str, role: str, places: Collection[Place]) -> str:
+    """Parameters of one module are wrapped one around another, the first innermost."""
+    path, _, parameter = module.rpartition(".")
+    beside = {name.rpartition(".")[2] for name, other in places if other == role
+              and name.rpartition(".")[0] == path}  # fmt: skip
+    depth = sum(ORDER.index(each) > ORDER.index(parameter) for each in beside)
+    return f"{PREFIX}{path}{INNER * depth}.lora_{role[-1]}.weight"
 
 
 def _replacing(role: str, is_target: bool, has_tokens: bool) -> str:
@@ -118,6 +133,7 @@ def _common(adapter: Adapter, modules: Collection[str], own: Collection[str]) ->
         found["layers_pattern"] = _listed(targets.layers_pattern)
     if targets.parameters:
         found["target_parameters"] = _listed(targets.parameters)
+        found["peft_version"] = RULES
     auto = adapter.config.get("auto_mapping")
     found |= {
         "auto_mapping": auto if isinstance(auto, dict) else None,
