@@ -51,7 +51,8 @@ class Loha:
             yield name, DenseDelta(scale * product)
             return
         rank = w1_a.shape[1] * w2_a.shape[1]
-        if site.module.groups == 1 and rank * (len(w1_a) + w1_b.shape[1]) < len(w1_a) * w1_b.shape[1]:
+        n_out, n_in = len(w1_a), w1_b.shape[1]
+        if site.module.groups == 1 and rank * (n_out + n_in) < n_out * n_in:
             # the product of two sums is a sum over all pairs, so it has rank r * r
             b = (w1_a[:, :, None] * w2_a[:, None, :]).reshape(-1, rank)
             a = (w1_b[:, None, :] * w2_b[None, :, :]).reshape(rank, -1)
