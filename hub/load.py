@@ -15,10 +15,10 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from adapterkit.hub.bases.base import METHODS, Base
 from adapterkit.hub.bases.folder import find_base, read_base, tokenizer_digest
 from adapterkit.hub.compose.admit import refined
-from adapterkit.hub.compose.attach import attach
+from adapterkit.hub.compose.attach import Adapters, attach
 from adapterkit.hub.compose.model import quantization as quantization_of
 from adapterkit.hub.findings import clean
-from adapterkit.hub.gather import Found, gather, labels, require_fit, vocabulary
+from adapterkit.hub.gather import Asked, Found, gather, labels, require_fit, vocabulary
 from adapterkit.hub.locate import Source
 from adapterkit.hub.quant import format_of
 from adapterkit.hub.task import for_task
@@ -81,9 +81,18 @@ def load(  # noqa: PLR0913
         asked = list({one.asked.name: one.asked for one in found}.values())
         for each in asked:
             handle.add(each.name, each.folder)
-        acting = (each for each in asked if each.weight != 1 or not handle.joined(each.name))
-        handle.activate({each.name: each.weight for each in acting})  # a fusion acts in a Fuse
+        handle.activate({each.name: each.weight for each in asked if not _waits(handle, each)})
     return model
+
+
+def _waits(handle: Adapters, each: Asked) -> bool:
+    """Whether it is a fusion, which does nothing before a Fuse names what it joins."""
+    joined = handle.joined(each.name)
+    if joined and each.weight == 1:
+        text = f"{clean(each.name)} joins {', '.join(joined)}: it acts in a Fuse only"
+        warnings.warn(text, AdapterWarning, stacklevel=3)
+        return True
+    return False
 
 
 def _keep_unpacked(model: nn.Module) -> None:

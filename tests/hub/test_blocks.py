@@ -33,6 +33,7 @@ from adapterkit.hub.compose import blocks
 from adapterkit.hub.compose.blocks import Block, require_valid
 from adapterkit.registry.errors import (
     AdapterError,
+    AdapterWarning,
     ConflictError,
     DamagedError,
     InvalidError,
@@ -48,7 +49,7 @@ CASES = [
 ]
 FUSION, FUSED = "adapter_fusion_config.json", "model_adapter_fusion.safetensors"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-NAMES = ("a", "b", "c", "h1", "l1", "l3")
+NAMES = ("a", "b", "c", "h1", "l1", "l3", "inv")
 
 
 @lru_cache
@@ -70,7 +71,9 @@ def logits(**changed: Tensor) -> Tensor:
 
 
 def sources(*names: str) -> dict[str, Path]:
-    return {name: DATA / "adapters" / f"bert_ah_{name}" for name in names}
+    found = {name: DATA / "adapters" / f"bert_ah_{name}" for name in names}
+    own = {"inv": DATA / "cases" / "bert.ah_seq_bn_inv" / "adapter"}
+    return {**found, **{name: path for name, path in own.items() if name in names}}
 
 
 def composed(setup: Any, *names: str, **more: Path) -> Tensor:
@@ -113,8 +116,8 @@ def test_one_name_is_that_adapter_alone() -> None:
         torch.testing.assert_close(composed(setup, "a", "b"), alone)
 
 
-@pytest.mark.parametrize("first", ["a", Stack("a", "c"), Average("a", "h1"), Stack("l1", "h1")])
-@pytest.mark.parametrize("second", ["h1", Stack("b", "l3"), "l1"])
+@pytest.mark.parametrize("first", ["a", Stack("inv", "c"), Average("a", "h1"), Stack("l1", "h1")])
+@pytest.mark.parametrize("second", ["h1", Stack("b", "l3"), "inv"])
 def test_rows_get_what_their_part_alone_gives(first: Any, second: Any) -> None:
     """Whatever the parts are made of: the library takes the wiring of the first for all."""
     one, other = composed(of(first), *NAMES), composed(of(second), *NAMES)
@@ -292,6 +295,7 @@ def test_any_nesting_is_valid_or_refused_by_name(setup: Any) -> None:
         (Fuse("a", "b", name="c"), InvalidError, "c, which .* names, is no fusion"),
         (Parallel("a", Parallel("b", "c")), InvalidError, "stands in a Parallel"),
         (Stack(Parallel("a", "b"), Parallel("a", "b", "c")), InvalidError, "not of one"),
+        (Fuse("a", "inv", name="c"), InvalidError, "is no fusion"),
         (Split("a", "l1", splits=7), InvalidError, "is of bottlenecks, but l1 changes modules"),
         (BatchSplit(BatchSplit("a", "b", batch_sizes=1), "c", batch_sizes=3), InvalidError,
          "rows of its BatchSplit"),
@@ -438,7 +442,8 @@ def test_a_fusion_is_found_by_what_it_joins_or_by_its_name(fusion: Any) -> None:
 
 def test_a_fusion_is_loaded_beside_what_it_joins(fusion: Any) -> None:
     folders = [*sources("a", "b").values(), fusion()]
-    loaded = load(DATA / "bases" / "bert", adapters=folders, dtype=torch.float32)
+    with pytest.warns(AdapterWarning, match="joins a, b: it acts in a Fuse only"):
+        loaded = load(DATA / "bases" / "bert", adapters=folders, dtype=torch.float32)
     adapters = attached(loaded)
     assert adapters is not None
     one, two, joins = adapters.names
@@ -538,6 +543,13 @@ def test_every_tensor_of_a_fusion_counts(fusion: Any) -> None:
 def test_a_wrong_config_of_a_fusion_is_named(fusion: Any, config: Any, named: str) -> None:
     with pytest.raises((DamagedError, NotFoundError, AdapterError), match=f"(?s){named}"):
         attach(model(), fusion(**config))
+
+
+def test_an_invertible_adapter_is_not_fused(fusion: Any) -> None:
+    with attach(model(), {**sources("a", "inv"), "f": fusion()}) as adapters:
+        with pytest.raises(InvalidError, match="joins bottlenecks, found an invertible one"):
+            adapters.activate(Fuse("a", "inv", name="f"))
+        adapters.activate(Stack("inv", "a"))
 
 
 def test_a_fusion_needs_its_matrices_wherever_its_adapters_act(fusion: Any) -> None:
