@@ -51,6 +51,11 @@ ALWAYS = (  # the main path, and what the tests of attach need: larger than othe
     "llama.prompt",
     "t5.prefix",
     "t5.prompt_both",
+    "mixtral.lora_experts",
+    "mixtral.lora_experts_v4",
+    "bert.bitfit_opendelta",
+    "llama.lora_pissa",
+    "llama.other_boft",
 )
 WHOLE = ("bases", "inputs", "expected_base", "bad.tar.gz")
 FAMILY = {
