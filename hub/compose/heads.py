@@ -14,6 +14,7 @@ from transformers.activations import ACT2FN
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Setup
+from adapterkit.hub.compose.interventions import require_stacked
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.findings import clean
 from adapterkit.hub.primitives import FirstToken, Head
@@ -33,6 +34,7 @@ class Heads:
             for module, made in lowered[name].updates.items():
                 for primitive in made:
                     if isinstance(primitive, Head | FirstToken):
+                        require_stacked(active, name, "brings a head of its own")
                         _require_alone(active, lowered, (name, weight), module)
                         found[module] = name, primitive
         return lambda: self._switch({module: made for module, (_, made) in found.items()})

@@ -48,7 +48,7 @@ class Interventions:
                 mine = tuple(p for p in made if isinstance(p, Intervention))
                 if mine:
                     found.setdefault(layer, []).append((weight, mine))
-                    _require_stacked(active, name)
+                    require_stacked(active, name, "is a ReFT")
         return lambda: self._switch(found)
 
     def remove(self) -> None:
@@ -122,12 +122,12 @@ def _intervened(
     return changed
 
 
-def _require_stacked(active: Setup, name: str) -> None:
-    """Interventions act on whole batches, one adapter after the other."""
+def require_stacked(active: Setup, name: str, what: str) -> None:
+    """For what acts on whole batches, one adapter after the other."""
     block = active.block
     other = [each for each in block.blocks() if not isinstance(each, Stack)] if block else []
     if any(name in list(each) for each in other):
         raise InvalidError(
-            f"{clean(name)} is a ReFT, which composes with others by Stack alone",
+            f"{clean(name)} {what}, which composes with others by Stack alone",
             hint=f"found in {clean(repr(other[0]))}",
         )

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterkit.hub import attach, check
+from adapterkit.hub import BatchSplit, Stack, attach, check
 from adapterkit.hub.findings import ERROR, listing
 from adapterkit.hub.locate import locate
 from adapterkit.hub.quant import format_of
@@ -637,6 +637,10 @@ def test_a_flexible_head_takes_weight_1_from_one_adapter(
         with pytest.raises(AdapterError, match=r"found a=0\.5"):
             adapters.activate({"a": 0.5})
         adapters.activate({"a": 1, "b": 0})
+        adapters.add("d", write(tmp_path / "d", plain))
+        adapters.activate(Stack("d", "a"))
+        with pytest.raises(AdapterError, match="a brings a head of its own, which composes"):
+            adapters.activate(BatchSplit("a", "d", batch_sizes=1))
 
 
 def test_a_flexible_head_needs_a_model_for_its_task(bert: Any, plain: P, tmp_path: Path) -> None:
