@@ -66,6 +66,7 @@ def read(
         config=config,
         unconsumed=tuple(strays),
         base_name=base,
+        task="CAUSAL_LM",
         findings=(*weights.findings, *odd, *_refusals(config)),
         files={CONFIG: "config", weights.path: "weights"},
         requires={name: config[name] for name in REPEATED if name in config},

@@ -25,6 +25,11 @@ LENGTH, PROJECTION = "pre_seq_len", "prefix_projection"
 EMBEDDING, NETWORK = "prefix_encoder.embedding.weight", "prefix_encoder.trans."
 # What the models of that code put on top.
 HEADS = ("classifier", "qa_outputs")
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 # Of the base, which the config repeats.
 REPEATED = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads")
 Tensors = dict[tuple[str, str], Stored]
@@ -63,10 +68,18 @@ def read(
         tensors=tensors,
         config=config,
         base_name=base,
+        task=_task(config),
         findings=(*weights.findings, *(_buffer(key) for key in buffers)),
         files={CONFIG: "config", weights.path: "weights"},
         requires={name: config[name] for name in REPEATED if name in config},
     )
+
+
+def _task(config: Mapping[str, Any]) -> str | None:
+    """What the class of that code does, whose name is in the config."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    return next((task for end, task in TASKS.items() if name.endswith(end)), None)
 
 
 def _placed(found: Mapping[str, Stored], projected: bool) -> tuple[Tensors, list[str]]:

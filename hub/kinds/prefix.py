@@ -6,11 +6,11 @@ columns (layer, key or value, head, size), or as rows and the network that makes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.bases.attention import Attention, attentions
+from adapterkit.hub.bases.attention import CROSS, Attention, attentions
 from adapterkit.hub.bases.base import Base, Module
 from adapterkit.hub.fields import PrefixFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
@@ -60,13 +60,15 @@ class Prefix:
                 about = "of several widths" if widths else "none that is known in this family"
                 want = f"{place} attentions of one width"
                 findings.append(Finding(ERROR, UNSUPPORTED, "the prefix", want, about))
-            columns = _columns(len(found), widths.pop()) if len(widths) == 1 else None
+            columns = _columns(_stored(fields, found), widths.pop()) if len(widths) == 1 else None
             forms = _forms(adapter, place, columns)
             for part, sizes in forms.items():
                 stored = adapter.tensors.get(("", f"{place}.{part}"))
                 tensors["", f"{place}.{part}"] = _expected(stored, sizes)
             if fields.gate_rows:
                 tensors |= _gates(adapter, found)
+            if fields.doubled:
+                findings += _undoubled(fields, found, attentions(modules, CROSS))
         return Schema(tensors, tuple(findings))
 
     def lower(self, fields: PrefixFields, site: Site, p: Mapping[str, Tensor]) -> Lowered:
@@ -77,9 +79,9 @@ class Prefix:
     ) -> Lowered:
         for place in fields.places:
             found = attentions(base.modules, place)
-            pairs = _pairs(fields, _parts(p, place), len(found))
+            pairs = _pairs(fields, _parts(p, place), _stored(fields, found))
             for layer, attention in enumerate(found):
-                k, v = pairs[2 * layer % len(found) if fields.doubled else layer]
+                k, v = pairs[2 * layer % len(pairs) if fields.doubled else layer]
                 gate = {role: p[attention.path, role] for role in GATE if fields.gate_rows}
                 yield (
                     attention.path,
@@ -100,6 +102,21 @@ def _repeated(
         )
         for name, role in names
     }
+
+
+def _stored(fields: PrefixFields, found: Sequence[Attention]) -> int:
+    """Pairs in the file: PEFT counts the layers of the encoder, and gives them to the decoder."""
+    return fields.layers if fields.doubled and fields.layers is not None else len(found)
+
+
+def _undoubled(
+    fields: PrefixFields, found: Sequence[Attention], cross: Sequence[Attention]
+) -> Iterator[Finding]:
+    """A prefix for two stacks needs two, the second no larger than what is stored."""
+    if not cross or len(found) > _stored(fields, found):
+        about = f"a decoder of {len(found)} layers" if cross else "no encoder beside a decoder"
+        want = f"an encoder-decoder, {_stored(fields, found)} layers in its decoder at most"
+        yield Finding(ERROR, UNSUPPORTED, "num_transformer_submodules 2", want, about)
 
 
 def _columns(layers: int | None, width: int | None) -> int | None:
