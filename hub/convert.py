@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,11 @@ from adapterkit.hub.formats import peft_write
 from adapterkit.hub.formats.peft_write import Part, Place
 from adapterkit.hub.ingest import touched
 from adapterkit.hub.kinds import kind
+from adapterkit.hub.laid_out import biases, by_expert, grouped, roles, shaped
 from adapterkit.hub.locate import Source, locate
 from adapterkit.hub.made import Made, input_of, origin_of, tool
 from adapterkit.hub.offline import Ground, lowered
-from adapterkit.hub.primitives import LowRank, Primitive, Replace
+from adapterkit.hub.primitives import Replace
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.rooting import rooted
 from adapterkit.hub.sources import Folder
@@ -30,7 +31,6 @@ from adapterkit.registry.errors import InvalidError, MismatchError
 if TYPE_CHECKING:
     import torch
 
-    from adapterkit.hub.blend.factors import Factors
     from adapterkit.hub.change import Change
     from adapterkit.hub.reduce import Reduced
     from adapterkit.registry import Registry
@@ -39,8 +39,7 @@ DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 HALVES = ("F16", "BF16")
 REPEATED = ("wrapper.", "frozen.")
 # Of modules that PEFT's LoRA gives two factors; routers of experts are OTHER.
-TYPES = (LINEAR, CONV1D, EMBEDDING, OTHER, bases.EXPERTS)
-EXPERTS = ("experts_A", "experts_B")
+TYPES = (LINEAR, CONV1D, EMBEDDING, OTHER, bases.EXPERTS, bases.CONV)
 
 
 @dataclass(frozen=True)
@@ -179,8 +178,8 @@ def _converted(folder: Folder, ground: Ground, rank: int | None, chosen: Options
         stored = (
             factored.joined(each, size, dtype) if fused else factored.stored(each[0], size, dtype)
         )
-        a, b = EXPERTS if fused else _roles(ground, name)
-        parts[name, a], parts[name, b] = stored.a, stored.b
+        a, b = peft_write.FUSED if fused else roles(ground, name)
+        parts[name, a], parts[name, b] = shaped(ground, name, stored.a, stored.b)
         for label, it in every:
             done, lost = found[label], stored.rounding
             rows.append(Converted(label, done.needed, it.rank, done.error, lost, done.size))
@@ -224,10 +223,11 @@ def _changes(ground: Ground, own: Collection[Place]) -> Iterator[tuple[str, Chan
     for name, made in lowered(ground, tensors):
         if all(isinstance(primitive, Replace) for primitive in made):
             continue
-        if ground.module(name).type not in TYPES:
-            strange.append(f"{clean(name)} ({ground.module(name).type})")
+        if ground.module(name).type not in TYPES or ground.is_grouped(name):
+            groups = "grouped " if ground.is_grouped(name) else ""
+            strange.append(f"{clean(name)} ({groups}{ground.module(name).type})")
             continue
-        for label, each in _by_expert(name, made):
+        for label, each in by_expert(name, made):
             change = change_of(ground, label, each)
             if change is not None:
                 yield label, change
@@ -236,26 +236,6 @@ def _changes(ground: Ground, own: Collection[Place]) -> Iterator[tuple[str, Chan
             f"{clean(ground.adapter.name)} changes modules that no plain LoRA of PEFT changes:"
             f" {', '.join(strange[:10])}"
         )
-
-
-def _by_expert(
-    name: str, made: Sequence[Primitive]
-) -> Iterator[tuple[str, Sequence[Primitive]]]:
-    """The primitives of each matrix in a fused weight of experts; of any other module, its own."""
-    fused = [p for p in made if isinstance(p, LowRank) and p.B.ndim == 3]
-    if not fused or len(fused) < len(made):
-        yield name, made
-        return
-    for expert in range(len(fused[0].B)):
-        yield f"{name}[{expert}]", [LowRank(p.B[expert], p.A[expert], p.scale) for p in fused]
-
-
-def grouped(pairs: Mapping[str, Factors]) -> dict[str, list[tuple[str, Factors]]]:
-    """Module -> its label and factors, or those of its experts in order."""
-    found: dict[str, list[tuple[str, Factors]]] = {}
-    for label, factors in pairs.items():
-        found.setdefault(label.partition("[")[0], []).append((label, factors))
-    return found
 
 
 def _require_some(adapter: Adapter, found: Mapping[str, Reduced], rank: int | None) -> None:
@@ -281,30 +261,6 @@ def _kept_dtype(adapter: Adapter, own: Collection[Place]) -> str:
     """The half precision that all of the source's own tensors have, else float32."""
     held = {adapter.tensors[place].dtype for place in own}
     return held.pop() if len(held) == 1 and held <= set(HALVES) else "F32"
-
-
-def _roles(ground: Ground, name: str) -> tuple[str, str]:
-    embedding = ground.module(name).type == EMBEDDING
-    return ("embedding_A", "embedding_B") if embedding else ("A", "B")
-
-
-def biases(
-    ground: Ground, pairs: Mapping[str, Factors], shifts: Mapping[str, torch.Tensor], dtype: str
-) -> dict[Place, Part]:
-    """PEFT's `lora_bias` is for all modules or none: those without a shift get zeros."""
-    from adapterkit.hub.factored import vector
-
-    kinds = {name: ground.module(name).type for name in grouped(pairs)}
-    odd = [name for name, type_ in kinds.items() if type_ in (EMBEDDING, bases.EXPERTS)]
-    if odd:
-        raise InvalidError(
-            f"{clean(ground.adapter.name)} shifts biases and changes {clean(odd[0])}, an"
-            f" {kinds[odd[0]]} module: PEFT's lora_bias is not for those"
-        )
-    return {
-        (name, "B_bias"): vector(shifts.get(name), factors.shape[0], dtype)
-        for name, factors in pairs.items()
-    }
 
 
 def _recipe(
@@ -336,4 +292,4 @@ def _require_same(made: Conversion, parts: Mapping[Place, Part]) -> None:
         raise InvalidError(f"{clean(made.name)} cannot be written: PEFT would read other tensors")
 
 
-__all__ = ["Conversion", "Converted", "Options", "convert"]
+__all__ = ["Conversion", "Converted", "Options", "biases", "convert"]

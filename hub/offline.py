@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NoReturn
 
 from adapterkit.hub.adapter import Adapter
-from adapterkit.hub.bases.base import EMBEDDING, LINEAR, Base, Module
+from adapterkit.hub.bases.base import CONV, EMBEDDING, LINEAR, Base, Module
 from adapterkit.hub.findings import clean
 from adapterkit.hub.kinds import kind
 from adapterkit.hub.kinds.base import Used, Whole
@@ -48,13 +48,30 @@ class Ground:
         if self.base is not None:
             return self.base.modules[name]
         roles = self.adapter.modules.get(name, {})
-        return Shapeless(name, EMBEDDING if "embedding_A" in roles else LINEAR, self)
+        type_ = EMBEDDING if "embedding_A" in roles else CONV if self.kernel(name) else LINEAR
+        return Shapeless(name, type_, self)
 
     def weight(self, name: str) -> Tensor:
-        """(out, in), float32. Raises NeedsBaseError where there is no base."""
+        """(out, in), float32, of a convolution (out, in k). Raises NeedsBaseError where there is no
+        base."""
         if self.weights is None:
             raise self.needs(f"the weights of {clean(name)}")
-        return self.weights.weight(name)
+        return self.weights.weight(name).flatten(1)
+
+    def kernel(self, name: str) -> tuple[int, ...]:
+        """Sizes of the kernel of a convolution, () for any other module."""
+        stored = self.adapter.tensors.get((name, "A"))
+        if self.base is None:
+            return () if stored is None else stored.shape[2:]
+        module = self.base.modules[name]
+        return module.shape[2:] if module.type == CONV else ()
+
+    def is_grouped(self, name: str) -> bool:
+        """Whether it is a convolution that sees a part of its inputs only."""
+        if self.base is not None:
+            return self.base.modules[name].groups > 1
+        held = self.adapter.modules.get(name, {})
+        return "A" in held and "B" in held and held["A"].shape[0] != held["B"].shape[1]
 
     def bias(self, name: str) -> Tensor | None:
         if self.weights is None:

@@ -24,7 +24,8 @@ STEPS = {
     "maths": {"primitives", "tensors", "kinds", "quant", "blend"},
     "io": {
         "formats", "bases", "locate", "read", "values", "sums", "fit", "rooting", "identity",
-        "check", "task", "norms", "frozen", "offline", "change", "reduce", "factored", "unfold",
+        "check", "task", "norms", "frozen", "offline", "change", "reduce", "factored",
+        "unfold", "laid_out",
     },
     "model": {"compose", "gather", "load", "merge/fidelity", "merge/live", "merge/undo",
               "merge/update"},

@@ -449,3 +449,34 @@ def test_each_expert_gets_the_best_of_its_own_change(case: dict[str, Any], tmp_p
             values = torch.linalg.svdvals(want)
             best = float(values[2:].norm() / values.norm())
             assert float((got - want).norm() / want.norm()) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [(3,), (3, 2), (1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("wanted", [None, 2])
+def test_a_convolution_stays_one(
+    tmp_path: Path, kernel: tuple[int, ...], wanted: int | None
+) -> None:
+    """As matrices: A (r, in k), B (out, r)."""
+    draw, ones = torch.Generator().manual_seed(1), (1,) * len(kernel)
+    a = torch.randn(4, 5, *kernel, generator=draw)
+    b = torch.randn(6, 4, *ones, generator=draw)
+    tensors = {"net.conv.lora_A.weight": a, "net.conv.lora_B.weight": b}
+    config = {"peft_type": "LORA", "target_modules": ["conv"], "r": 4, "lora_alpha": 3}
+    source = write(tmp_path / "a", tensors, **config, use_rslora=True)
+    made = convert(source, rank=wanted)
+    found = load_file(made.save(tmp_path / "b") / "adapter_model.safetensors")
+    new_a, new_b = (found[f"base_model.model.net.conv.lora_{x}.weight"] for x in "AB")
+    assert new_a.shape == (made.rank, 5, *kernel) and new_b.shape == (6, made.rank, *ones)
+    want = 3 / 2 * b.flatten(1).double() @ a.flatten(1).double()
+    gap = new_b.flatten(1).double() @ new_a.flatten(1).double() - want
+    best = torch.linalg.svdvals(want)[made.rank :].norm()
+    torch.testing.assert_close(gap.norm(), best, atol=1e-5, rtol=1e-5)
+
+
+def test_a_grouped_convolution_is_refused_by_name(tmp_path: Path) -> None:
+    tensors = {
+        "net.conv.lora_A.weight": torch.ones(4, 6, 3), "net.conv.lora_B.weight": torch.ones(6, 2, 1)
+    }  # fmt: skip
+    source = write(tmp_path / "a", tensors, peft_type="LORA", target_modules=["conv"], r=4)
+    with pytest.raises(InvalidError, match="grouped conv"):
+        convert(source)
