@@ -66,7 +66,7 @@ def read(
     tensors, strays = {}, []
     for key, stored in weights.header.tensors.items():
         place = _place(key, ",".join(names))
-        if place is None:
+        if place is None or place in tensors:  # two spellings of one place
             strays.append(key)
         else:
             tensors[place] = stored
@@ -129,5 +129,5 @@ def _place(key: str, name: str) -> tuple[str, str] | None:
 
 
 def _stray(key: str) -> Finding:
-    want = "a matrix of this fusion at a place of a layer"
-    return Finding(ERROR, "unexpected-tensor", key, want, "a tensor that belongs to nothing")
+    want = "one matrix of this fusion at a place of a layer"
+    return Finding(ERROR, "unexpected-tensor", key, want, "a tensor that belongs to nothing else")

@@ -521,6 +521,9 @@ def test_every_tensor_of_a_fusion_counts(fusion: Any) -> None:
             attach(model(), fusion(lambda t, key=key: t.update({f"{key}_x": t.pop(key)})))
         with pytest.raises(AdapterError, match=key.replace(".", r"\.")):
             attach(model(), fusion(lambda t, key=key: t.update({key: t[key][:-1]})))
+    twice = keys[0].replace(".output.", ".output_adapters.")
+    with pytest.raises(AdapterError, match=r"output_adapters.*unexpected-tensor"):
+        attach(model(), fusion(lambda t: t.update({twice: t[keys[0]].clone()})))
     layer = "bert.encoder.layer.1."
 
     def first_layer_only(tensors: dict[str, Tensor]) -> None:
