@@ -39,7 +39,8 @@ class Bottleneck:
 
     def sizes(self, adapter: Adapter) -> Iterator[int]:
         """d of every place that the file has."""
-        yield from (held["down"].shape[0] for held in adapter.modules.values() if "down" in held)
+        for held in adapter.modules.values():
+            yield from held["down"].shape[:1] if "down" in held else ()
 
     def problems(self, adapter: Adapter) -> list[Finding]:
         """Against forms in which only the width is known, as no base is."""

@@ -11,7 +11,6 @@ from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.places import Found
 from adapterkit.hub.fields import BottleneckFields, PhmFields
 from adapterkit.hub.findings import ERROR, Finding
-from adapterkit.hub.headers import Stored
 from adapterkit.hub.kinds.bottleneck import Bottleneck, other_form
 from adapterkit.hub.kinds.placed import Form, Size
 
@@ -26,7 +25,8 @@ class Compacter(Bottleneck):
         return "Compacter++" if kind == "Pfeiffer" else "Compacter"
 
     def sizes(self, adapter: Adapter) -> Iterator[int]:
-        yield from (t.shape[0] for t in _all(adapter, "down_bias"))
+        for held in adapter.modules.values():
+            yield from held["down_bias"].shape[:1] if "down_bias" in held else ()
 
     def unfit(self, fields: BottleneckFields, found: Found, size: int | None) -> Iterable[Finding]:
         yield from super().unfit(fields, found, size)
@@ -63,10 +63,6 @@ def _phm(fields: BottleneckFields) -> PhmFields:
     if fields.phm is None:
         raise ValueError("a Compacter's fields have a phm")
     return fields.phm
-
-
-def _all(adapter: Adapter, role: str) -> Iterator[Stored]:
-    yield from (held[role] for held in adapter.modules.values() if role in held)
 
 
 def _part(n: Size, parts: int) -> Size:

@@ -37,7 +37,7 @@ def faults(tensors: Mapping[str, Stored], path: str, form: Form) -> list[Finding
         found += form_faults(stored, form.get(role))
     about = "none, though the config asks for it"
     found += [
-        Finding(ERROR, "missing-tensor", path, f"a tensor {role}", about)
+        Finding(ERROR, "missing-tensor", path or "all layers", f"a tensor {role}", about)
         for role in form
         if role not in tensors
     ]

@@ -234,6 +234,19 @@ def test_a_tensor_that_is_missing_renamed_or_reshaped_is_named(
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("case", ["bert.ah_compacter", "gpt2.ah_par_bn"])
+def test_scalars_in_place_of_matrices_are_named(copied: Any, case: str) -> None:
+    def flatten(tensors: Tensors) -> None:
+        for key in tensors:
+            tensors[key] = torch.tensor(1.0)
+
+    folder = copied(case, flatten)
+    assert not describe(folder).ranks
+    with pytest.raises(DamagedError, match="dimensions") as caught:
+        read_adapter(locate(folder)).require_sound()
+    assert len(str(caught.value).splitlines()) > 4
+
+
 def test_values_that_are_not_finite_are_named(copied: Any, fixtures: Path) -> None:
     key = "transformer.h.1.output_adapters.adapters.task.adapter_up.bias"
     with pytest.raises(DamagedError, match=re.escape(key)):
