@@ -33,6 +33,8 @@ from adapterkit.registry.errors import DamagedError, NotFoundError
 WEIGHTS = ("adapter.safetensors", "pytorch_adapter.bin")
 LIBRARY = "adapters."
 HINTS = {SUBTRACT: "of a ReFT without orthogonality: false for DiReFT, true for NoReFT"}
+# What adapter-transformers called the activations of its first versions, which wrote none.
+ACT, RENAMED = "non_linearity", {"gelu": "gelu_new", "gelu_orig": "gelu"}
 MAX_WIDTH = 1 << 24
 # `type` and `config_id` are of adapter-transformers.
 AROUND = frozenset(
@@ -64,7 +66,7 @@ def read(
     outer = _outer(config, f"{folder.name}/{CONFIG}", folder.hints)
     method, row = _method(config, folder.name)
     weights = weights_of(folder, WEIGHTS)
-    head = read_head(folder, outer)
+    head = read_head(folder, outer, allow_fields)
     keys = read_keys([weights.header.tensors, head.others], row, outer.name)
     reader = ConfigReader(method, f"{folder.name}/{CONFIG}")
     paths = sorted({path for path, _ in keys.tensors if path})
@@ -136,6 +138,9 @@ def _method(config: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], Ar
     if not isinstance(method, dict):
         shown = clean(repr(method), 60)
         raise DamagedError(f"{where}: config is {shown}, expected the method's fields")
+    act = method.get(ACT)
+    if "version" not in config and isinstance(act, str):
+        method = {**method, ACT: RENAMED.get(act, act)}
     value = method.get("architecture")
     chosen = BOTTLENECK if value is None else value
     if isinstance(chosen, str) and chosen in ARCHITECTURES:

@@ -6,7 +6,7 @@ flexible heads (`...AdapterModel`) as a list of layers, `heads.NAME.0.weight`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from adapterkit.hub.formats.adapterhub_flexible import read_flexible
 from adapterkit.hub.formats.adapterhub_flexible import task_of as flexible_task
 from adapterkit.hub.formats.adapterhub_keys import Keys
 from adapterkit.hub.formats.adapterhub_type import Outer, Place, split
-from adapterkit.hub.formats.config import ConfigReader
+from adapterkit.hub.formats.config import ConfigReader, unknown_fields
 from adapterkit.hub.formats.files import weights_of
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.sources import Folder, read_object
@@ -26,6 +26,10 @@ from adapterkit.registry.errors import DamagedError
 CONFIG = "head_config.json"
 WEIGHTS = ("model_head.safetensors", "pytorch_model_head.bin")
 FLEXIBLE = "heads."
+KNOWN = frozenset(
+    ["config", "hidden_size", "label2id", "model_class", "model_name", "model_type", "name",
+     "num_labels", "version"]
+)  # fmt: skip
 # A buffer of BART's, which nobody trains.
 LOGITS_BIAS = "final_logits_bias"
 # A language model's bias is a parameter of the head and of the last layer in it.
@@ -54,7 +58,7 @@ class Head:
         return tuple(sorted({m for m, role in self.tensors if not role.startswith(HEAD)}))
 
 
-def read_head(folder: Folder, outer: Outer) -> Head:
+def read_head(folder: Folder, outer: Outer, allowed: Collection[str]) -> Head:
     """Raises DamagedError if there is one half of it, or what it says is malformed."""
     if not any(name in folder.files for name in (CONFIG, *WEIGHTS)):
         return Head(task=task_of(outer.model_class))
@@ -66,6 +70,7 @@ def read_head(folder: Folder, outer: Outer) -> Head:
         where = f"{folder.name}/{CONFIG}"
         config = read_object(folder.files[CONFIG], where)
         model_class, said = _described(config, where, outer)
+        findings += unknown_fields(config, KNOWN, allowed)[1]
         findings += said
         files[CONFIG] = "head-config"
     tensors = dict(weights.header.tensors)
@@ -123,6 +128,10 @@ def _described(
     if family is not None and family != outer.model_type:
         want = f"model_type {outer.model_type}, as the adapter's"
         found.append(Finding(ERROR, "other-model-type", CONFIG, want, family))
+    width = config.get("hidden_size")
+    if None not in (width, outer.width) and width != outer.width:
+        want = f"hidden_size {outer.width}, as the adapter's"
+        found.append(Finding(ERROR, "other-hidden-size", CONFIG, want, clean(repr(width), 60)))
     return model_class, found
 
 

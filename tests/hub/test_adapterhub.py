@@ -30,6 +30,7 @@ QUICK = settings(
 )
 WEIGHTS = st.floats(-2, 2).map(lambda w: round(w, 3))
 ALPHA, RANK = 3.0, 2
+CONFIGS = ("adapter_config.json", "head_config.json")
 P = dict[str, Tensor]
 PLAIN = {"architecture": "lora", "r": RANK, "alpha": ALPHA, "attn_matrices": ["q", "v"]}
 LAYER = "bert.encoder.layer.{}.{}"
@@ -446,6 +447,26 @@ def test_files_of_adapter_transformers_are_read_and_say_so(
 
 
 @pytest.mark.parametrize(
+    ("version", "said", "meant"),
+    [(..., "gelu", "gelu_new"), (..., "gelu_orig", "gelu"), (..., "relu", "relu"),
+     ("adapters.1.3.0", "gelu", "gelu"), ("3.2.1", "gelu", "gelu")],
+)  # fmt: skip
+def test_the_first_versions_had_other_names_for_activations(
+    tmp_path: Path, version: Any, said: str, meant: str
+) -> None:
+    config = {"architecture": None, "reduction_factor": 4, "mh_adapter": False,
+              "output_adapter": True, "non_linearity": said}  # fmt: skip
+    folder = write(tmp_path / "a", {}, version=version)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": config}))
+    start = "bert.encoder.layer.0.output.adapters.task.adapter_"
+    sizes = {"down.0.weight": (4, 16), "down.0.bias": (4,), "up.weight": (16, 4), "up.bias": (16,)}
+    tensors = {start + name: torch.ones(size) for name, size in sizes.items()}
+    save_file(tensors, folder / "adapter.safetensors")
+    assert read_adapter(locate(folder)).fields.act == meant
+
+
+@pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"r": 0}, "r is 0"),
@@ -673,3 +694,32 @@ def test_what_is_wrong_with_a_flexible_head_is_named(
     folder = flexible(write(tmp_path / "a", plain), randoms(tensors, 1), **config)
     text = errors(folder, base)
     assert re.search(message, text), text
+
+
+ODD: list[Any] = [
+    None, -1, 1e400, 2**70, "q", [[1]], {"a": {"b": []}},
+]  # fmt: skip
+UNION = {"architecture": "union", "configs": [PLAIN, {"architecture": "reft", "r": 1}]}
+REFT = {
+    "architecture": "reft", "r": 2, "layers": "all", "prefix_positions": 1, "suffix_positions": 1,
+    "orthogonality": False, "tied_weights": False, "non_linearity": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [PLAIN, REFT, UNION, KINDS["VeRA+DoRA"][0] | PLAIN])
+def test_no_value_of_any_field_is_more_than_an_error(
+    base: Path, plain: P, tmp_path: Path, start: dict[str, Any]
+) -> None:
+    """In the method's config, around it, and in the head's: each by each odd value."""
+    folder = flexible(write(tmp_path / "a", plain, start), randoms(TWO, 1))
+    places = {name: json.loads((folder / name).read_text()) for name in CONFIGS}
+    for name, whole in places.items():
+        for inner in (None, "config"):
+            fields = whole if inner is None else whole[inner]
+            for field, odd in product([*fields, "surprise"], ODD):
+                changed = {**fields, field: odd}
+                full = changed if inner is None else {**whole, inner: changed}
+                (folder / name).write_text(json.dumps(full))
+                report = check(folder, base=base)  # whatever it says, it says it
+                assert field != "surprise" or odd is None or report.errors
+        (folder / name).write_text(json.dumps(whole))
