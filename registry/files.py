@@ -39,7 +39,7 @@ class Files:
     def open(self, path: Path) -> BufferedReader:
         return path.open("rb")
 
-    def read(self, path: Path) -> bytes:
+    def read(self, path: Path | str) -> bytes:
         """All of a small file; without what a file object costs, as a catalog is made of many."""
         number = os.open(path, os.O_RDONLY | _BINARY)
         try:

@@ -43,6 +43,7 @@ class Home:
         self.trash = Trash(path / "trash", self.blobs, files)
         self.blobs.keeper = self
         self.log = Log(path / "log", files)
+        self._inode: int | None = None  # of the catalog's file
         with self.errors():
             self._made = layout.check(path, files)
             if self._made:
@@ -112,6 +113,7 @@ class Home:
             before = _inode(path)
             catalog = Catalog(path, shared=not self.locking.doubt)
             if before in (None, _inode(path)):
+                self._inode = _inode(path)
                 return catalog
             catalog.close()  # it was replaced meanwhile: the journal is not of what was opened
 
@@ -205,6 +207,10 @@ class Home:
             move(path, path.with_name(free))
 
     def _refresh(self) -> None:
+        path = self.catalog.path
+        if path is not None and _inode(path) != self._inode:  # another one has made it anew
+            self.catalog.close()
+            self.catalog = self._open_catalog()
         place, size = self.catalog.place(), self.log.size()
         if size < place.offset:
             self._warn_shorter()
@@ -279,7 +285,10 @@ class Home:
 
 
 def _inode(path: Path) -> int | None:
-    return path.stat().st_ino if path.exists() else None
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _is_broken(error: Exception) -> bool:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ReadBlob = Callable[[str], bytes]
 # Rows gathered before they are written: enough to make it cheap, few enough to be held.
-GATHERED = 20_000
+GATHERED = 5_000
 # A rename asks for it in the middle of all.
 _KEPT = ("events_name",)
 
@@ -29,7 +29,7 @@ class Tables:
 
     def put(self, table: str, row: Mapping[str, object]) -> None:
         """Insert or replace; sqlite-utils' own insert would commit the transaction (before 4.0)."""
-        self.change(table, _insert(table, tuple(row)), list(row.values()))
+        self.change(table, _insert(table, tuple(row)), tuple(row.values()))
 
     def change(self, table: str, statement: str, values: Sequence[object]) -> None:
         """One that concerns no other table."""

@@ -9,6 +9,7 @@ from typing import Any
 SCHEMA = "adapter-manifest/1"
 _FIELDS = ("schema", "files", "adapter", "base", "quantization", "parents", "recipe")
 _FILE_FIELDS = ("path", "digest", "size", "role")
+_FILE_KEYS = set(_FILE_FIELDS)
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ROLE = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _MAX_PATH, _MAX_SEGMENT = 1024, 255
@@ -64,7 +65,7 @@ def _wrong_files(rows: list[Any]) -> list[str]:
 
 def _wrong_file(index: int, row: object) -> list[str]:
     name = f"files[{index}]"
-    if not isinstance(row, dict) or set(row) != set(_FILE_FIELDS):
+    if not isinstance(row, dict) or row.keys() != _FILE_KEYS:
         return [f"{name} is not an object of {', '.join(_FILE_FIELDS)}"]
     found = []
     if not isinstance(row["path"], str) or (problem := path_problem(row["path"])):
@@ -90,7 +91,7 @@ def path_problem(path: str) -> str:
         return "leaves its folder"
     if "\\" in path or ":" in path:
         return "holds a backslash or a colon"
-    if not all(c.isprintable() for c in path):
+    if not path.isprintable():
         return "holds control characters"
     if any(segment in ("", ".") or segment.endswith((".", " ")) for segment in segments):
         return "has an empty part, or one that ends in a dot or a blank"

@@ -220,3 +220,19 @@ def test_where_a_broken_catalog_cannot_be_replaced_one_in_memory_answers(filled,
     with Registry(filled) as registry:
         assert len(registry.list()) == 20
     assert verify(filled).damage == ()
+
+
+def test_whoever_has_it_open_goes_on_with_the_new_catalog(filled):
+    """Also with one that somebody deleted."""
+    with Registry(filled) as registry, Registry(filled) as other:
+        registry.home.catalog.db.execute("UPDATE versions SET removed = 'x' WHERE version != '1.0'")
+        assert [len(each.list()) for each in (registry, other)] == [1, 1]
+        other.repair([])
+        assert [len(each.list()) for each in (registry, other)] == [20, 20]
+        registry.tag("sql@1.3", "best")
+        assert other.resolve("sql:best").version == "1.3"
+        (filled / "catalog.db").unlink()
+        assert len(registry.list()) == 20
+        other.tag("sql@1.4", "best")
+        assert registry.resolve("sql:best").version == "1.4"
+    assert verify(filled).damage == ()
