@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import caches, inputs, outputs
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.inputs import Call
 from adapterkit.hub.compose.lowering import Lowered
-from adapterkit.hub.compose.sides import Sides, has_bias
+from adapterkit.hub.compose.possible import require_possible
+from adapterkit.hub.compose.sides import Sides
 from adapterkit.hub.compose.standing import Standing, standing
 from adapterkit.hub.compose.swap import Forward, Swap
 from adapterkit.hub.compose.twostacks import TwoStacks
@@ -54,7 +55,7 @@ class Context:
     ) -> Callable[[], None]:
         found = standing(self._model, self._base, active, lowered)
         if found is not None:
-            self._require_possible(found)
+            require_possible(self._model, self._body, found)
             if not self._swaps:
                 self._install()
         return partial(self._switch, found)
@@ -83,24 +84,6 @@ class Context:
     def _block(self) -> Any:
         """What embeds the tokens and gives them positions, where that is one module."""
         return getattr(self._body, "embeddings", None)
-
-    def _require_possible(self, found: Standing) -> None:
-        if not isinstance(self._model, PreTrainedModel):
-            raise MismatchError("prefixes and virtual tokens need a model of transformers")
-        config, body, pair = self._model.config, type(self._body).__name__, self._is_pair
-        if not pair and config.get_text_config(decoder=True) is not config:
-            raise MismatchError(f"{body} is more than a model of text: it takes no prefix")
-        unmoved = found.n_keys > found.n_shifting
-        biased = any(has_bias(self._model.get_submodule(path)) for path in found.layers)
-        lacks = [
-            (bool(found.prefixes), CACHE in self._names, f"takes no {CACHE}"),
-            (found.shift > 0, pair or EMBEDS in self._names, f"takes no {EMBEDS}"),
-            (bool(found.embedded), self._block is not None and not pair, "has no embedding block"),
-            (unmoved, biased if pair else POSITIONS in self._names, f"takes no {POSITIONS}"),
-        ]
-        for needed, there, lack in lacks:
-            if needed and not there:
-                raise MismatchError(f"{body} {lack}, which the active prefix or prompt needs")
 
     def _install(self) -> None:
         if self._is_pair:

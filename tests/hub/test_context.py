@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -455,8 +456,6 @@ def test_an_attention_that_is_not_known_takes_no_prefix(tmp_path: Path) -> None:
 
 
 def test_a_prefix_for_other_heads_or_layers_is_refused(tmp_path: Path, pair: Pair) -> None:
-    import json
-
     _, folder = pair("llama", "prefix")
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -466,3 +465,44 @@ def test_a_prefix_for_other_heads_or_layers_is_refused(tmp_path: Path, pair: Pai
         attach(make("llama"), [tmp_path])
     with pytest.raises(MismatchError, match=r"prompt_embeddings: expected shape"):
         attach(make("gpt2"), [folder])
+
+
+def write_adapterhub_prefix(folder: Path, places: tuple[str, ...]) -> Path:
+    """A prefix of AdapterHub's library for T5: 4 keys in every attention of these places."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(5)
+    start = "prefix_tuning.prefix_tunings.task"
+    state = {
+        f"{start}.{place}_prefix.control_trans": torch.randn(4 * 3 * 2 * 32, generator=generator)
+        for place in places
+    }
+    torch.save(state, folder / "pytorch_adapter.bin")
+    method = {
+        "architecture": "prefix_tuning", "prefix_length": 4, "flat": True,
+        "encoder_prefix": "encoder" in places, "cross_prefix": "cross" in places,
+    }  # fmt: skip
+    config = {
+        "config": method, "hidden_size": 32, "model_class": "T5ForConditionalGeneration",
+        "model_name": "t5", "model_type": "t5", "name": "task", "version": "adapters.1.3.0",
+    }  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_an_adapterhub_prefix_stands_before_all_attentions_of_t5(tmp_path: Path) -> None:
+    """Each place counts, steps with a cache are those without, and beams keep their own."""
+    model = make("t5")
+    base = forward(model, **batch("right")).logits
+    found = []
+    for places in (("self",), ("self", "encoder"), ("self", "encoder", "cross")):
+        folder = write_adapterhub_prefix(tmp_path / "-".join(places), places)
+        with attach(model, [folder]):
+            found.append(forward(model, **batch("right")).logits)
+            for beams in (1, 3):
+                tokens = generate(model, batch("right"), num_beams=beams)
+                again = generate(model, batch("right"), num_beams=beams, use_cache=False)
+                assert torch.equal(tokens, again)
+    for one, other in zip([base, *found], found, strict=False):
+        assert (one - other).abs().max() > 1e-3
+    assert torch.equal(forward(model, **batch("right")).logits, base)
+    assert not [m for m in model.modules() if {"forward", "compute_bias"} & vars(m).keys()]
