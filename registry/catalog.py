@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from sqlite_utils import Database
 
 BUSY_SECONDS = 60
-_SIDES = ("-wal", "-shm", "")
 # In KiB, used when needed: ids lie everywhere, so that making a large catalog touches all pages.
 CACHE = -64 * 1024
 # Of one of its own: verify has two.
@@ -155,36 +153,3 @@ class Catalog:
 
     def row(self, query: str, values: Sequence[object] = ()) -> dict[str, Any] | None:
         return next(iter(self.rows(query, values)), None)
-
-
-def delete(path: Path) -> None:
-    """Remove the database with its side files: the log makes a new one."""
-    for suffix in _SIDES:
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def move(path: Path, target: Path) -> None:
-    """Rename the database; what its journal holds belongs to it."""
-    path.with_name(path.name + "-shm").unlink(missing_ok=True)
-    for suffix in ("-wal", ""):
-        if (side := path.with_name(path.name + suffix)).exists():
-            side.replace(target.with_name(target.name + suffix))
-
-
-def knows_more(old: Path, new: Path) -> bool:
-    """Whether `old` holds a record of the log or a manifest that `new`, made from the log and the
-    blobs, does not; or cannot be asked."""
-    connection = sqlite3.connect(old, isolation_level=None)
-    try:
-        connection.execute("ATTACH ? AS new", [os.fsencode(new)])
-        events = "SELECT seq, kind, name, created, author, payload FROM {}.events"
-        manifests = "SELECT id, data FROM {}.manifests WHERE damaged = ''"
-        for query in (events, manifests):
-            more = f"{query.format('main')} EXCEPT {query.format('new')} LIMIT 1"
-            if connection.execute(more).fetchall():
-                return True
-        return False
-    except (sqlite3.Error, ValueError):
-        return True
-    finally:
-        connection.close()

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from pathlib import Path
 from typing import TypeVar
 
-from adapterkit.registry import layout
+from adapterkit.registry import layout, replacing
 from adapterkit.registry.blobs import Blobs, Stamp
-from adapterkit.registry.catalog import Catalog, NewerError, delete, knows_more, move
+from adapterkit.registry.catalog import Catalog, NewerError
 from adapterkit.registry.change import Change
 from adapterkit.registry.errors import AdapterError, AdapterWarning
 from adapterkit.registry.files import Files, storage_errors
@@ -110,10 +110,10 @@ class Home:
 
     def _on_disk(self, path: Path) -> Catalog:
         while True:
-            before = _inode(path)
+            before = replacing.inode(path)
             catalog = Catalog(path, shared=not self.locking.doubt)
-            if before in (None, _inode(path)):
-                self._inode = _inode(path)
+            if before in (None, replacing.inode(path)):
+                self._inode = replacing.inode(path)
                 return catalog
             catalog.close()  # it was replaced meanwhile: the journal is not of what was opened
 
@@ -124,7 +124,7 @@ class Home:
             if not _is_broken(error):
                 return Catalog(None)
             newer = isinstance(error, NewerError)
-        delete(path) if newer else self._set_aside(path)
+        replacing.delete(path) if newer else replacing.set_aside(path)
         return self._new_catalog(path)
 
     def _new_catalog(self, path: Path) -> Catalog:
@@ -169,7 +169,7 @@ class Home:
                 with self.lock():
                     self._make(part)  # what was written since
                     self.catalog.close()
-                    self._put_catalog(part)
+                    replacing.put(part, self.path / "catalog.db", self.files)
                 self.catalog = self._open_catalog()
             except BaseException:
                 self.catalog.close()
@@ -187,29 +187,10 @@ class Home:
         finally:
             made.close()
 
-    def _put_catalog(self, part: Path) -> None:
-        with self.files.open_update(part) as file:
-            self.files.fsync(file)
-        path = self.path / "catalog.db"
-        if path.exists() and knows_more(path, part):
-            self._set_aside(path)
-        else:
-            delete(path)
-        self.files.rename(part, path)
-        self.files.fsync_folder(self.path)
-
-    def _set_aside(self, path: Path) -> None:
-        """Under a name of its own, `catalog.lost` or one with a number behind it: it may know what
-        is lost elsewhere."""
-        if path.exists():
-            names = ("catalog.lost", *(f"catalog.lost-{n}" for n in range(2, 1000)))
-            free = next((n for n in names if not path.with_name(n).exists()), names[-1])
-            move(path, path.with_name(free))
-
     def _refresh(self) -> None:
         path = self.catalog.path
-        if path is not None and _inode(path) != self._inode:  # another one has made it anew
-            self.catalog.close()
+        if path is not None and replacing.inode(path) != self._inode:
+            self.catalog.close()  # another one has made it anew
             self.catalog = self._open_catalog()
         place, size = self.catalog.place(), self.log.size()
         if size < place.offset:
@@ -282,13 +263,6 @@ class Home:
                 AdapterWarning,
                 stacklevel=5,
             )
-
-
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except FileNotFoundError:
-        return None
 
 
 def _is_broken(error: Exception) -> bool:
