@@ -10,10 +10,9 @@ from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import EMBEDDING, Base, Module
 from adapterkit.hub.check import check
 from adapterkit.hub.compose.admit import Options
-from adapterkit.hub.compose.attach import named
 from adapterkit.hub.compose.weighing import parse
 from adapterkit.hub.findings import INCOMPATIBLE, OTHER_WEIGHTS, UNKNOWN, clean, listing
-from adapterkit.hub.locate import Source, locate
+from adapterkit.hub.locate import Source, locate, named
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.recipes import is_recipe
 from adapterkit.hub.sources import Folder

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from adapterkit.hub.findings import clean
 from adapterkit.hub.recipes import folder_of, is_file
 from adapterkit.hub.sources import FileSource, Folder, open_folder, sole_subfolder
 from adapterkit.hub.sums import check_sums
-from adapterkit.registry.errors import DamagedError, InvalidError
+from adapterkit.registry.errors import ConflictError, DamagedError, InvalidError
 from adapterkit.registry.manifest import Manifest
 from adapterkit.registry.refs import PathSource, Ref, parse_source
 from adapterkit.registry.strictjson import canonical
@@ -23,6 +23,26 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 Source = str | Path | Folder
 Opener = Union["Registry", Callable[[], "Registry"]]
+
+
+def named(adapters: Mapping[str, Source] | Sequence[Source] | Source) -> dict[str, Source]:
+    """Names -> sources; a list names each by what it is. Raises InvalidError, ConflictError."""
+    if isinstance(adapters, str | Path | Folder):
+        adapters = [adapters]
+    if not isinstance(adapters, Mapping | Sequence):
+        raise InvalidError(f"adapters are {adapters!r}, expected names -> sources, or sources")
+    sources = list(adapters.values() if isinstance(adapters, Mapping) else adapters)
+    odd = [repr(source) for source in sources if not isinstance(source, str | Path | Folder)]
+    if odd:
+        raise InvalidError(f"an adapter is a reference or a folder, found {', '.join(odd)}")
+    if isinstance(adapters, Mapping):
+        return dict(adapters)
+    found = {
+        source.name if isinstance(source, Folder) else str(source): source for source in sources
+    }
+    if len(found) < len(sources):
+        raise ConflictError("the same adapter is listed twice", hint="give a mapping of names")
+    return found
 
 
 def locate(source: Source, registry: Opener | None = None) -> Folder:

@@ -31,7 +31,7 @@ from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.compose.saving import recipe_of, write
 from adapterkit.hub.compose.updates import Updates
 from adapterkit.hub.findings import clean
-from adapterkit.hub.locate import Source, locate
+from adapterkit.hub.locate import Source, locate, named
 from adapterkit.hub.recipes import Recipe, is_recipe
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.unfold import unfold
@@ -303,26 +303,6 @@ def attach(
 def attached(model: nn.Module) -> Adapters | None:
     """What is attached to a model, or None."""
     found: Adapters | None = vars(model).get(HANDLE)
-    return found
-
-
-def named(adapters: Mapping[str, Source] | Sequence[Source] | Source) -> dict[str, Source]:
-    """Names -> sources; a list names each by what it is. Raises InvalidError, ConflictError."""
-    if isinstance(adapters, str | Path | Folder):
-        adapters = [adapters]
-    if not isinstance(adapters, Mapping | Sequence):
-        raise InvalidError(f"adapters are {adapters!r}, expected names -> sources, or sources")
-    sources = list(adapters.values() if isinstance(adapters, Mapping) else adapters)
-    odd = [repr(source) for source in sources if not isinstance(source, str | Path | Folder)]
-    if odd:
-        raise InvalidError(f"an adapter is a reference or a folder, found {', '.join(odd)}")
-    if isinstance(adapters, Mapping):
-        return dict(adapters)
-    found = {
-        source.name if isinstance(source, Folder) else str(source): source for source in sources
-    }
-    if len(found) < len(sources):
-        raise ConflictError("the same adapter is listed twice", hint="give a mapping of names")
     return found
 
 

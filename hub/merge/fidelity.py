@@ -85,20 +85,22 @@ class Measure:
         self.name, self.format = name, format_
         self._sums = dict.fromkeys(SUMS, 0.0)
 
-    def add(self, w: Tensor, target: Tensor, stored: Tensor, base: Tensor | None = None) -> None:
-        """w: the base's block, target: what it should become, stored: what the file's values mean.
-        base: Q(w), where the format loses something of w itself."""
+    def add(self, w: Tensor, target: Tensor, stored: Tensor, base: Tensor | None = None) -> bool:
+        """Whether all is finite. w: the base's block, target: what it should become, stored: what
+        the file's values mean. base: Q(w), where the format loses something of w itself."""
         delta = (target - w).flatten()
         lost = (stored - target).flatten()
         flat = w.flatten()
+        found = {"base": flat.dot(flat), "delta": delta.dot(delta)}
         if base is not None:
             own = (base - w).flatten()
-            lost = lost - own
-            self._sums["own"] += float(own.dot(own))
-        self._sums["base"] += float(flat.dot(flat))
-        self._sums["delta"] += float(delta.dot(delta))
-        self._sums["lost"] += float(lost.dot(lost))
-        self._sums["kept"] += float(lost.dot(delta))
+            lost -= own
+            found["own"] = own.dot(own)
+        found |= {"lost": lost.dot(lost), "kept": lost.dot(delta)}
+        values = {name: float(value) for name, value in found.items()}
+        for name, value in values.items():
+            self._sums[name] += value
+        return all(map(math.isfinite, values.values()))
 
     def result(self) -> Fidelity:
         return Fidelity(self.name, self.format, **self._sums)

@@ -33,7 +33,7 @@ from adapterkit.hub.tensors import DTYPES
 from adapterkit.registry.errors import InvalidError, MismatchError
 
 # Values seen at a time.
-ENTRIES = 1 << 20
+ENTRIES = 1 << 18
 COPIED = 1 << 23
 WORDS = {dtype: name for name, dtype in NAMED.items()} | {torch.float64: "float64"}
 
@@ -90,14 +90,14 @@ class Maker:
     def _new(self, job: Job, place: Place, writer: ShardWriter | None) -> Fidelity:
         """A parameter that only an adapter has."""
         updates = self.output.lowering.updates(place.row)
-        found = [u for u in updates if getattr(u.primitive, "name", "") == place.parameter]
-        if len(found) != 1 or len(updates) > 2 or found[0].weight != 1:
+        news = [u.primitive for u in updates if isinstance(u.primitive, Replace) and u.weight == 1]
+        found = [new for new in news if new.name == place.parameter]
+        if len(found) != 1 or len(news) != len(updates) or len(news) > 2:
             raise InvalidError(
                 f"{clean(place.row)} is not in the base's checkpoint: it takes weight 1 from one"
                 f" adapter that brings its {place.parameter}"
             )
-        only = found[0].primitive
-        assert isinstance(only, Replace)
+        (only,) = found
         (spec,) = self.output.specs(job)
         made = only.T.to(DTYPES[spec.dtype])
         self._require_finite(place, made)
@@ -153,29 +153,33 @@ class Maker:
         stored, dtype = self._stored(job), DTYPES[spec.dtype]
         changed = not all(piece.update.is_empty for piece in pieces)
         measure = Measure(place.name(self.output.row(place)), WORDS[dtype])
-        cast = DTYPES[stored.dtype] != dtype
-
-        def made() -> Iterator[memoryview]:
-            for piece in pieces:
-                whole = piece.update.is_whole
-                for start, block in _blocks(stored, piece.start, piece.rows, whole=whole):
-                    if piece.update.is_empty:
-                        yield as_bytes(block.to(dtype))
-                        continue
-                    w = block.float() if block.dtype != torch.float64 else block
-                    target = piece.update.applied(w, start)
-                    found = target.to(dtype)
-                    self._require_finite(place, found)
-                    exact = found.to(w.dtype)
-                    measure.add(w, target, exact, w.to(dtype).to(w.dtype) if cast else None)
-                    yield as_bytes(found)
-
+        made = (
+            as_bytes(block)
+            for piece in pieces
+            for block in self._changed(stored, piece, place, dtype, measure)
+        )
         if writer is not None:
-            writer.add(spec, made())
+            writer.add(spec, made)
         elif changed:
-            for _ in made():
+            for _ in made:
                 pass
         return measure.result() if changed else None
+
+    def _changed(
+        self, stored: Stored, piece: Piece, place: Place, dtype: torch.dtype, measure: Measure
+    ) -> Iterator[Tensor]:
+        update, cast = piece.update, DTYPES[stored.dtype] != dtype
+        for start, block in _blocks(stored, piece.start, piece.rows, whole=update.is_whole):
+            if update.is_empty:
+                yield block.to(dtype)
+                continue
+            w = block.float() if block.dtype != torch.float64 else block
+            target = update.applied(w, start)
+            found = target.to(dtype)
+            own = w.to(dtype).to(w.dtype) if cast else None
+            if not measure.add(w, target, found.to(w.dtype), own):
+                self._require_finite(place, found)
+            yield found
 
     def _base(self, job: Job, place: Place) -> Tensor:
         """What is merged onto, as the file lies, float32."""

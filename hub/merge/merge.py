@@ -18,6 +18,7 @@ from adapterkit.hub.merge.options import Options
 from adapterkit.hub.merge.planning import Plan, plan
 from adapterkit.hub.merge.shard import shard_writer
 from adapterkit.hub.merge.stage import Done, Stage, staged
+from adapterkit.hub.reduce import single_thread
 from adapterkit.registry.errors import InvalidError
 from adapterkit.registry.files import Files
 
@@ -34,10 +35,8 @@ class Task:
     file: str
     jobs: Sequence[Job]
 
-    def run(self, folder: Path | None, progress: Progress | None = None) -> Done | list[Fidelity]:
-        """Writes the file into the folder; without one, only measures."""
-        if folder is None:
-            return self._measured(progress)
+    def run(self, folder: Path, progress: Progress | None = None) -> Done:
+        """Writes the file into the folder."""
         files, path = Files(), folder / self.file
         output = self.plan.output
         packs = output.base.quantization.method != "none"
@@ -52,7 +51,8 @@ class Task:
             written = writer.finish()
         return Done(self.file, written, tuple(row for row in rows if row is not None))
 
-    def _measured(self, progress: Progress | None) -> list[Fidelity]:
+    def measured(self, progress: Progress | None = None) -> list[Fidelity]:
+        """What writing it would do to the adapters."""
         maker = Maker(self.plan.output, peft=self.plan.options.dialect == "peft")
         found = []
         for job in self.jobs:
@@ -89,27 +89,31 @@ def merge(  # noqa: PLR0913
     chosen = replace(options or Options(), **settings)
     if out is None and not dry_run:
         raise InvalidError("there is no folder to merge into", hint="give out=, or dry_run=True")
-    made = plan(adapters, base, chosen)
+    with single_thread():
+        made = plan(adapters, base, chosen)
+        if dry_run or out is None:
+            return _measured(made, progress)
+        return _written(made, Path(out), resume, progress)
+
+
+def _measured(made: Plan, progress: Progress | None) -> MergeReport:
     tasks = [Task(made, file, jobs) for file, jobs in made.shards.items()]
-    if dry_run or out is None:
-        rows = [row for task in tasks for row in _rows(task.run(None, progress))]
-        return guarded(_report(made, None, rows, 0), chosen.min_gain, stop=False)
-    with staged(Files(), Path(out), made.identity, resume=resume) as stage:
+    rows = [row for task in tasks for row in task.measured(progress)]
+    return guarded(_report(made, None, rows, 0), made.options.min_gain, stop=False)
+
+
+def _written(made: Plan, out: Path, resume: bool, progress: Progress | None) -> MergeReport:
+    tasks = [Task(made, file, jobs) for file, jobs in made.shards.items()]
+    with staged(Files(), out, made.identity, resume=resume) as stage:
         for task in tasks:
             if task.file not in stage.done:
-                done = task.run(stage.folder, progress)
-                assert isinstance(done, Done)
-                stage.finished(done)
+                stage.finished(task.run(stage.folder, progress))
         every = [stage.done[task.file] for task in tasks]
         rows = [row for done in every for row in done.parameters]
         size = sum(done.written.size for done in every)
-        report = guarded(_report(made, Path(out), rows, size), chosen.min_gain, stop=True)
+        report = guarded(_report(made, out, rows, size), made.options.min_gain, stop=True)
         _finish(made, stage, report)
     return report
-
-
-def _rows(found: Done | list[Fidelity]) -> Sequence[Fidelity]:
-    return found.parameters if isinstance(found, Done) else found
 
 
 def _report(made: Plan, folder: Path | None, rows: Sequence[Fidelity], size: int) -> MergeReport:
