@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from adapterkit.hub import sync
@@ -170,6 +172,20 @@ def test_progress_counts_every_byte(here, there, remote):
     plan = sync.plan_pull(there, remote, "team/sql@1.0")
     sync.pull(there, plan, remote, got.append)
     assert sum(got) == plan.size
+
+
+def test_collecting_in_the_middle_of_a_pull_takes_nothing_of_it(here, there, remote):
+    push(here, "team/sql@1.0", remote)
+    collected = []
+    with Registry(there.home.path) as other:
+
+        def meanwhile(size: int) -> None:
+            collected.append(other.gc(timedelta(0)))
+
+        sync.pull(there, sync.plan_pull(there, remote, "team/sql@1.0"), remote, meanwhile)
+    assert collected and not any(plan.thrown for plan in collected)
+    there.files("team/sql@1.0")
+    assert there.verify().damage == ()
 
 
 def test_nothing_is_recorded_when_the_recheck_refuses(here, there, remote):
