@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.hub import papers
 from adapterkit.hub.adapter import Adapter, AdapterInfo
-from adapterkit.hub.bases.base import METHODS, Base, Quantization
+from adapterkit.hub.bases.base import CONV1D, LINEAR, METHODS, Base, Quantization
 from adapterkit.hub.bases.spelling import spelled
 from adapterkit.hub.check import check
 from adapterkit.hub.describe import summarize
@@ -25,6 +25,8 @@ from adapterkit.hub.findings import (
 )
 from adapterkit.hub.fit import fit
 from adapterkit.hub.formats.config import is_number
+from adapterkit.hub.kinds import kind
+from adapterkit.hub.kinds.base import Whole
 from adapterkit.hub.locate import locate
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.recipe_versions import add_recipe, info_of
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     from adapterkit.registry.records import Added
 
 Progress = Callable[[int], None]
+# Linear layers that stand for a whole base: at least so many where it has them, less than twice.
+SPREAD = 8
 
 # Beside the files that the adapter was read from: pattern of the path -> role. Everything else is
 # skipped unless asked for.
@@ -208,13 +212,23 @@ def _meaning(adapter: Adapter, info: AdapterInfo, base: Base | None, chosen: Opt
 
 
 def touched(adapter: Adapter, base: Base) -> list[str]:
-    """Checkpoint tensors of the base that the adapter changes, sorted."""
+    """Checkpoint tensors of the base that the adapter changes, sorted. Of one that acts between
+    weights, all of which it depends on, some from the first layer to the last."""
     from adapterkit.hub.bases.fingerprint import tensors_of
 
     adapter = rooted(adapter, base)
     base = spelled(base, adapter.modules).base
-    names = {module for module, _ in adapter.tensors}
-    return tensors_of(base, names & base.modules.keys())
+    names = {module for module, _ in adapter.tensors} & base.modules.keys()
+    found = tensors_of(base, names)
+    if not found or isinstance(kind(adapter.kind), Whole):
+        found = sorted({*found, *tensors_of(base, _spread(base))})
+    return found
+
+
+def _spread(base: Base) -> list[str]:
+    """Some of the linear layers, at even distances."""
+    every = [m.name for m in base.modules.values() if m.type in (LINEAR, CONV1D) and m.weight]
+    return every[:: max(1, len(every) // SPREAD)]
 
 
 def _trained_on(base: Base | None, method: str | None) -> dict[str, Any] | None:

@@ -13,7 +13,12 @@ from adapterkit.hub.formats.config import ConfigReader, unsupported
 from adapterkit.hub.formats.peft_prompt import MAX_COUNT
 
 # What the library calls the attentions of a stack, and the flag that leaves them out.
-LOCATIONS = {"self_prefix": "self", "encoder_prefix": "encoder", "cross_prefix": "cross"}
+LOCATIONS = {
+    "self_prefix": "self",
+    "self": "self",  # in DistilBERT
+    "encoder_prefix": "encoder",
+    "cross_prefix": "cross",
+}
 FLAGS = {"encoder": "encoder_prefix", "cross": "cross_prefix"}
 # Families of two stacks; all others have the one location.
 TWO_STACKS = frozenset({"t5"})
