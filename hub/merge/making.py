@@ -24,8 +24,9 @@ from adapterkit.hub.merge.update import (
     new_bias,
     of_expert,
     of_weight,
+    on_bias,
 )
-from adapterkit.hub.primitives import Replace
+from adapterkit.hub.primitives import BiasShift, Gain, Replace
 from adapterkit.hub.quant.packing import Scheme, pack
 from adapterkit.hub.quant.stored import DTYPES as NAMED
 from adapterkit.hub.quant.stored import read_stored
@@ -64,12 +65,19 @@ class Maker:
         updates = self.output.lowering.updates(place.row)
         if place.parameter == "bias":
             return self._bias(job, place, updates, writer)
+        self._require_bias(place, updates)
         pieces = self._pieces(place, updates)
         if job.form == PACK:
             return self._pack(job, place, pieces[0].update, writer)
         if self.output.is_requantized(place) or self._is_packed(job):
             return self._dequantized(job, place, pieces[0].update, writer)
         return self._stream(job, place, pieces, writer)
+
+    def _require_bias(self, place: Place, updates: list[Weighted]) -> None:
+        if self.output.row(place).bias is None and any(
+            isinstance(update.primitive, BiasShift) for update in updates
+        ):
+            raise MismatchError(f"{clean(place.row)} has no bias, and the adapters add one")
 
     def _is_packed(self, job: Job) -> bool:
         return not self._stored(job).dtype.startswith(("F", "B"))
@@ -90,9 +98,12 @@ class Maker:
     def _new(self, job: Job, place: Place, writer: ShardWriter | None) -> Fidelity:
         """A parameter that only an adapter has."""
         updates = self.output.lowering.updates(place.row)
-        news = [u.primitive for u in updates if isinstance(u.primitive, Replace) and u.weight == 1]
-        found = [new for new in news if new.name == place.parameter]
-        if len(found) != 1 or len(news) != len(updates) or len(news) > 2:
+        is_bias = place.parameter == "bias"
+        acting = [
+            u for u in updates if on_bias(u.primitive) == is_bias or isinstance(u.primitive, Gain)
+        ]
+        found = [u.primitive for u in acting if isinstance(u.primitive, Replace) and u.weight == 1]
+        if len(found) != 1 or len(acting) != 1:
             raise InvalidError(
                 f"{clean(place.row)} is not in the base's checkpoint: it takes weight 1 from one"
                 f" adapter that brings its {place.parameter}"

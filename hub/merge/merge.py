@@ -138,7 +138,7 @@ def _finish(made: Plan, stage: Stage, report: MergeReport) -> None:
     names = sorted(made.shards)
     if carried.needs_index(names):
         where = {key: one.file for one in stage.done.values() for key in one.written.names}
-        total = sum(one.written.size for one in stage.done.values())
+        total = sum(one.written.size - one.written.header for one in stage.done.values())
         carried.write(files, folder / INDEX, carried.index(where, total))
     record = {"recipe": dict(report.recipe), "fidelity": report.total.record()}
     carried.write(files, folder / carried.RECORD, carried.text(record))

@@ -8,7 +8,7 @@ from adapterkit.hub.bases.base import EXPERTS, Base, Module
 from adapterkit.hub.bases.names import family_of
 from adapterkit.hub.findings import clean
 from adapterkit.hub.merge.lowering import Lowering
-from adapterkit.hub.merge.update import TRANSPOSED, same
+from adapterkit.hub.merge.update import TRANSPOSED, moves_bias, same
 from adapterkit.registry.errors import MismatchError
 
 
@@ -74,6 +74,9 @@ def added(base: Base, lowering: Lowering) -> tuple[list[Added], bool]:
             found.append(Added(key, Place(row.name), base.modules[row.tied_to].weight[0]))
         elif row.name in lowering.rows and not row.weight and not row.tied_to:
             found += _head(row)
+            continue
+        if row.name in lowering.rows and row.bias == "" and moves_bias(lowering.updates(row.name)):
+            found.append(Added(f"{row.name}.bias", Place(row.name, "bias"), None))
     return found, untied
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def plan(adapters: Adapters, base: str | Path, options: Options) -> Plan:
     )  # fmt: skip
     config = merged_config(described, changes, scheme, options.dtype)
     recipe = _recipe(every, described, onto, scheme, options)
-    return Plan(place, output, output.shards(), onto, untied, config, recipe, options)
+    chosen = replace(options, registry=None)  # nothing more is looked up, here or elsewhere
+    return Plan(place, output, output.shards(), onto, untied, config, recipe, chosen)
 
 
 def _input(one: Given, base: Base, ground: Ground) -> Input:

@@ -40,9 +40,11 @@ class Spec:
 
 @dataclass(frozen=True)
 class Written:
-    """digest: sha256 over the data, then the header."""
+    """size: of the file, header: of what is not data. digest: sha256 over the data, then the
+    header."""
 
     size: int
+    header: int
     digest: str
     names: tuple[str, ...]
 
@@ -101,7 +103,8 @@ class ShardWriter:
         self._write(memoryview(head))
         self._files.fsync(self._file)
         names = tuple(self._entries)
-        return Written(8 + self._reserved + self._end, self._hash.hexdigest(), names)
+        start = 8 + self._reserved
+        return Written(start + self._end, start, self._hash.hexdigest(), names)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)

@@ -70,7 +70,9 @@ class Stage:
                 found = json.loads(line)
             except ValueError:
                 return
-            written = Written(found["size"], found["digest"], tuple(found["names"]))
+            written = Written(
+                found["size"], found["header"], found["digest"], tuple(found["names"])
+            )
             path = self.folder / found["file"]
             if path.is_file() and digest_of(self.files, path) == (written.size, written.digest):
                 rows = tuple(Fidelity(**row) for row in found["parameters"])
@@ -80,9 +82,10 @@ class Stage:
         """A file is on the disk: a merge that goes on will not make it again."""
         self.done[done.file] = done
         line = {
-            "file": done.file, "size": done.written.size, "digest": done.written.digest,
-            "names": done.written.names, "parameters": [asdict(row) for row in done.parameters],
-        }  # fmt: skip
+            "file": done.file,
+            **asdict(done.written),
+            "parameters": [asdict(row) for row in done.parameters],
+        }
         journal = self.root / "journal"
         with journal.open("ab", buffering=0) as file:
             self.files.write(file, json.dumps(line).encode() + b"\n")

@@ -438,3 +438,28 @@ def test_experts_fused_in_the_file_are_merged_one_by_one(fixtures: Path, tmp_pat
     merge([adapter], base=base, out=tmp_path / "a")
     merge([adapter], base=fused, out=tmp_path / "b")
     torch.testing.assert_close(logits(opened(tmp_path / "a")), logits(opened(tmp_path / "b")))
+
+
+def test_a_head_of_ones_own_takes_weight_1_from_one_adapter(fixtures: Path, tmp_path: Path):
+    import peft
+
+    base = fixtures / "bases/llama"
+    for name in ("one", "two"):
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+        config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"])
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / name)
+    for sources in (
+        {str(tmp_path / "one"): 0.5},
+        {str(tmp_path / "one"): 1.0, str(tmp_path / "two"): 1.0},
+    ):
+        with pytest.raises(InvalidError, match="score is not in the base's checkpoint"):
+            merge(sources, base=base, out=tmp_path / "m")
+        assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+def test_the_index_says_how_many_bytes_the_tensors_have(fixtures: Path, tmp_path: Path):
+    base, out = fixtures / "bases/llama_sharded", tmp_path / "m"
+    merge([fixtures / "cases/llama.lora_qv/adapter"], base=base, out=out)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    held = weights(out)
+    assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in held.values())

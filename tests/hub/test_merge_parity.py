@@ -18,6 +18,7 @@ DATA = Path(os.environ.get("ADAPTERKIT_FIXTURES") or Path(__file__).parents[1] /
 CASES: list[dict[str, Any]] = json.loads((DATA / "index.json").read_text())["cases"]
 MERGED = [case for case in CASES if case["operation"]["op"] == "merge"]
 PLAIN = [case for case in MERGED if not case["base_load"].get("quantization")]
+SUMS = [c for c in CASES if c["operation"]["op"] == "blend" and "merged_file" in c["expected"]]
 QUANTIZED = [case for case in MERGED if case["base_load"].get("quantization")]
 INPUTS = (
     "input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "decoder_attention_mask",
@@ -81,6 +82,18 @@ def test_every_case_gives_the_weights_of_its_reference(case: dict[str, Any], tmp
             )
         else:
             assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("case", SUMS, ids=lambda case: case["id"])
+def test_weighted_sums_of_references_are_merged(case: dict[str, Any], tmp_path: Path):
+    merge(sources(case), base=DATA / case["base_path"], out=tmp_path / "merged")
+    expected = load_file(DATA / case["expected"]["merged_file"])
+    found = load_file(tmp_path / "merged/model.safetensors")
+    before = load_file(DATA / case["base_path"] / "model.safetensors")
+    for name, tensor in found.items():
+        wanted = expected.get(name, before[name])
+        exact = {"atol": case["compare"]["weights_atol"] if name in expected else 0, "rtol": 0}
+        torch.testing.assert_close(tensor, wanted, **exact)
 
 
 @pytest.mark.parametrize("case", QUANTIZED, ids=lambda case: case["id"])
