@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adapterkit.hub import attach
+from adapterkit.hub.exporting import exported
 from adapterkit.registry.errors import AdapterError
 
 pytestmark = [
@@ -129,3 +130,39 @@ def test_what_the_library_writes_gives_its_logits(written: Path, family: str, co
     if found.ndim == 3 and "decoder_input_ids" not in given:
         gap = gap[given["attention_mask"].bool()]
     assert float(gap.max()) <= 1e-4
+
+
+ROUND_TRIPS = [
+    f"{family}.{config}"
+    for family in ("bert", "gpt2", "llama", "bart")
+    for config in ("pfeiffer", "houlsby", "norms", "parallel", "lora", "prefix", "ia3", "prompt")
+    if (family, config) not in REFUSED
+]
+
+
+@pytest.mark.timeout(1200)
+def test_what_we_export_gives_the_same_logits_in_the_library(
+    written: Path, adapters_python: str, tmp_path: Path
+) -> None:
+    """What it wrote itself, read and written by us."""
+    failed = json.loads((written / "failed.json").read_text())
+    cases, expected = [], {}
+    for name in (name for name in ROUND_TRIPS if name not in failed):
+        family = name.partition(".")[0]
+        given = load_file(written / name / "expected.safetensors")
+        expected[name] = given.pop("logits")
+        base = written / "bases" / family
+        folder = exported(written / name / "adapter", "adapters", base).save(tmp_path / name)
+        save_file(given, tmp_path / f"{name}.inputs")
+        cases.append(
+            {"folder": str(folder), "base": str(base), "class": FAMILIES[family][0],
+             "inputs": str(tmp_path / f"{name}.inputs"), "out": str(tmp_path / f"{name}.out")}
+        )  # fmt: skip
+    assert len(cases) > 20
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    script = Path(__file__).with_name("read_adapters.py")
+    command = [adapters_python, script, tmp_path / "cases.json"]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    for name, logits in expected.items():
+        found = load_file(tmp_path / f"{name}.out")["logits"]
+        assert float((found - logits).abs().max()) <= 1e-4, name
