@@ -22,7 +22,7 @@ from adapterkit.hub.bases.names import Names, number
 from adapterkit.hub.bases.packed import auxiliary, logical_shapes
 from adapterkit.hub.bases.tasks import Head
 from adapterkit.hub.findings import clean
-from adapterkit.hub.headers import Stored
+from adapterkit.hub.headers import FLOATS, Stored
 from adapterkit.registry.errors import DamagedError, MismatchError
 
 EMBEDDING_NAME = (
@@ -153,6 +153,8 @@ class _Builder:
             return Module(module, OTHER, self.shapes[leaves["bias"]], (), bias)
         key = leaves["weight"]
         kind = self._type(module, self.shapes[key])
+        if kind == CONV1D and self.tensors[key].dtype not in FLOATS:
+            kind = LINEAR  # bitsandbytes makes it one, and stores it as such
         shape = self.shapes[key][::-1] if kind == CONV1D else self.shapes[key]
         return Module(module, kind, shape, (key,), bias)
 

@@ -188,3 +188,26 @@ def test_the_narrowest_format_holds_every_number(numbers: list[float]) -> None:
     dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
     tensor = torch.tensor(numbers)
     assert tensor.to(dtype[narrowest(numbers)]).float().tolist() == tensor.tolist()
+
+
+@pytest.mark.parametrize("method", ["nf4", "int8"])
+def test_a_quantized_gpt2_has_the_modules_of_the_model(
+    fixtures: Path, tmp_path: Path, method: str
+) -> None:
+    """bitsandbytes turns the transposed Conv1D into a linear layer, and that is what is saved."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from adapterkit.hub.compose.model import describe_model
+
+    make: Any = BitsAndBytesConfig
+    config = make(load_in_8bit=True) if method == "int8" else make(
+        load_in_4bit=True, bnb_4bit_quant_type=method
+    )  # fmt: skip
+    base = fixtures / "bases/gpt2"
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    model.save_pretrained(tmp_path / "gpt2")
+    found = read_base(tmp_path / "gpt2").modules
+    live = describe_model(model).modules
+    for name in (name for name in live if "c_attn" in name or "c_proj" in name):
+        assert (found[name].type, found[name].shape) == (live[name].type, live[name].shape)
+        assert found[name].type == "linear"
