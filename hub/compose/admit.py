@@ -51,6 +51,10 @@ class Options:
             known = ", ".join(DIALECTS)
             raise InvalidError(f"dialect is {self.dialect!r}, expected one of {known}")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Options:
+        """Itself: a copy of a model reads from the same registry."""
+        return self
+
 
 def refined(options: Options | None, settings: Mapping[str, Any]) -> Options:
     """The options with some fields set anew. Raises InvalidError naming those that do not exist."""

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import caches, inputs, outputs
 from adapterkit.hub.compose.admit import Options
+from adapterkit.hub.compose.here import Here
 from adapterkit.hub.compose.inputs import Call
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.possible import require_possible
@@ -35,6 +36,16 @@ Rows = list[tuple[int, int]]
 WHOLE = ("ForSequenceClassification", "ForMultipleChoice")
 
 
+class Running(Here):
+    """The forward that runs. starts: whether it is the first of its sequence; entered: whether the
+    body took part in it; labels: whether it has labels, which virtual positions share."""
+
+    flags: object = None
+    starts: bool = False
+    entered: bool = False
+    labels: bool = False
+
+
 class Context:
     """Swapped forwards of the model, of its body, and of what embeds or encodes its input."""
 
@@ -45,10 +56,7 @@ class Context:
         self._standing: Standing | None = None
         self._swaps: list[Swap] = []
         self._sides = Sides(model)
-        self._flags: object = None
-        self._starts = False  # whether the forward that runs is the first of its sequence
-        self._entered = False  # whether the body took part in it
-        self._labels = False  # whether it has labels, which virtual positions share
+        self._here = Running()
 
     def plan(
         self, active: Mapping[str, float], lowered: Mapping[str, Lowered]
@@ -96,23 +104,24 @@ class Context:
         self._swaps.append(Swap(self._model, self._run_model, (FLAGS,)))
 
     def _active(self) -> Standing | None:
-        self._entered = True
+        self._here.entered = True
         return self._standing
 
     def _run_model(self, original: Forward, call: Call) -> Any:
         """The whole model: what only it knows of the call."""
-        self._flags, self._entered = call.pop(FLAGS, None), False
+        self._here.flags, self._here.entered = call.pop(FLAGS, None), False
         found = self._standing
         # a loss counts the first real token, which only the last virtual position foretells
         rows = [] if found is None or self._whole or self._is_pair else _inserted(found)
         if self._keep:
             inputs.shift_spans(call, rows)
-        self._labels = bool(rows) and inputs.extend_labels(call, rows)
+        self._here.labels = bool(rows) and inputs.extend_labels(call, rows)
         try:
-            output = self._labelled(original, call, rows) if self._labels else original(**call)
+            labelled = self._here.labels
+            output = self._labelled(original, call, rows) if labelled else original(**call)
         finally:
-            self._flags, self._labels = None, False
-        if found is not None and not self._entered:
+            self._here.flags, self._here.labels = None, False
+        if found is not None and not self._here.entered:
             name = type(self._model).__name__
             raise MismatchError(f"{name} does not call what prefixes and prompts are put before")
         return output
@@ -136,28 +145,28 @@ class Context:
             caches.require_own(cache, None)
             return original(**call)
         seen = caches.length(cache)
-        self._starts = seen == 0
-        if not self._starts:
+        self._here.starts = seen == 0
+        if not self._here.starts:
             caches.require_own(cache, found.activation)
         _, length = inputs.shape(call)
         past = max(seen - found.held, 0)
         self._move(call, found, past)
         inputs.extend_mask(call, MASK, found.held, past + length, _tokens(call))
-        if self._starts:
+        if self._here.starts:
             self._start(call, found)
         inputs.require_room(found.shift + past + length, self._model.config, self._reserved())
         wanted, returns = call.pop("return_dict", None), cache is not None or self._caches(call)
         output = original(**call, return_dict=True)
         output = output if returns else outputs.without(output, CACHE)
         caches.mark(output.get(CACHE), found.activation)
-        if self._starts:
+        if self._here.starts:
             output = self._cut(output, found)
         return self._as_wanted(output, wanted)
 
     def _cut(self, output: Any, found: Standing) -> Any:
         """The output as a head expects it. A label of a whole sequence comes from its first
         position in an encoder, which virtual tokens take, and elsewhere from the last real one."""
-        if self._labels or (self._keep and (self._encodes or not self._whole)):
+        if self._here.labels or (self._keep and (self._encodes or not self._whole)):
             return output
         names = outputs.LAYERS if self._whole and self._encodes else outputs.ALL
         for start, n in reversed(_inserted(found)):
@@ -194,7 +203,7 @@ class Context:
             tokens = _tokens(call)
             length = tokens.shape[1]
             call[POSITIONS] = torch.arange(past, past + length, device=tokens.device)[None]
-        inputs.shift_positions(call, found.shift, found.n_front if self._starts else 0)
+        inputs.shift_positions(call, found.shift, found.n_front if self._here.starts else 0)
 
     def _start(self, call: Call, found: Standing) -> None:
         """What stands in front, where a sequence starts."""
@@ -217,7 +226,7 @@ class Context:
         if embeds is None:
             embeds = stack.get_input_embeddings()(call["input_ids"])
         if found.flagged is not None:
-            embeds = inputs.flag(embeds, found.flagged, self._flags)
+            embeds = inputs.flag(embeds, found.flagged, self._here.flags)
         call[EMBEDS], call["input_ids"] = embeds, None
         return embeds
 
@@ -229,10 +238,10 @@ class Context:
         if call.get(LENGTH):
             call[LENGTH] -= found.n_keys - found.n_shifting
         mask = call.get("mask")
-        if self._starts and found.embedded and isinstance(mask, Tensor):
+        if self._here.starts and found.embedded and isinstance(mask, Tensor):
             call["mask"] = mask[:, found.n_embedded :]  # of what is embedded, as the caller gave it
         embedded: Tensor = original(**call)
-        for rows, behind_first in found.embedded if self._starts else ():
+        for rows, behind_first in found.embedded if self._here.starts else ():
             new = rows.to(embedded.device, embedded.dtype).expand(len(embedded), *rows.shape)
             start = int(behind_first)
             embedded = torch.cat([embedded[:, :start], new, embedded[:, start:]], dim=1)

@@ -7,8 +7,10 @@ own expert and no second weight is made.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,6 +45,10 @@ class Matrix:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.whole(), name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Matrix:
+        """Not a tensor: `__getattr__` would give the copy of one."""
+        return type(self)(copy.deepcopy(self.weight, memo), self.sums, self.is_transposed)
 
     @classmethod
     def __torch_function__(
@@ -92,11 +98,12 @@ def twin_forward(
     is_transposed = bool(getattr(module, "is_transposed", False))
     fused = {name for name in sums if getattr(module, name).ndim == 3 and name not in whole}
     for name in sums.keys() | whole.keys():
-        weight: Tensor = getattr(module, name).detach()
+        parameter: Tensor = getattr(module, name)
         delattr(twin, name)
-        if name in fused:
-            setattr(twin, name, Matrices(weight, sums[name], is_transposed))
+        if name in fused:  # the parameter itself: it may be moved, trained and copied
+            setattr(twin, name, Matrices(parameter, sums[name], is_transposed))
             continue
+        weight = parameter.detach()
         value = whole.get(name, weight)
         if name in sums:
             value = value + (Matrices(weight, sums[name], is_transposed).whole() - weight)
@@ -105,7 +112,7 @@ def twin_forward(
         return twin.forward
     # transformers wraps it in a choice of faster ones, which take all experts at once
     forward = inspect.unwrap(type(module).forward)
-    return lambda *args, **kwargs: forward(twin, *args, **kwargs)
+    return partial(forward, twin)
 
 
 def joined(

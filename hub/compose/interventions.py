@@ -8,8 +8,8 @@ the input that started it, and are not looked for again.
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Setup, Stack
+from adapterkit.hub.compose.here import Here
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.findings import clean
 from adapterkit.hub.primitives import Intervention
@@ -39,7 +40,7 @@ class Interventions:
         self._names = list(inspect.signature(self._body.forward).parameters)
         self._active: dict[str, list[Group]] = {}
         self._handles: list[RemovableHandle] = []
-        self._here = threading.local()
+        self._here = Here()
 
     def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> Callable[[], None]:
         found: dict[str, list[Group]] = {}
@@ -63,8 +64,8 @@ class Interventions:
             before = self._body.register_forward_pre_hook(self._enter, with_kwargs=True)
             self._handles.append(before)
         for layer, groups in found.items():
-            hook = self._modules[layer].register_forward_hook(self._after(groups))
-            self._handles.append(hook)
+            hook = partial(self._after, groups)
+            self._handles.append(self._modules[layer].register_forward_hook(hook))
 
     def _enter(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | kwargs
@@ -77,15 +78,14 @@ class Interventions:
         cache = given.get("past_key_values")
         self._here.mask, self._here.seen = mask, cache.get_seq_length() if cache is not None else 0
 
-    def _after(self, groups: list[Group]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            h = output[0] if isinstance(output, tuple) else output
-            numbers = self._numbers(h)
-            for weight, mine in groups:
-                h = _intervened(h, mine, numbers, weight)
-            return (h, *output[1:]) if isinstance(output, tuple) else h
-
-        return hook
+    def _after(
+        self, groups: list[Group], module: nn.Module, args: tuple[Any, ...], output: Any
+    ) -> Any:
+        h = output[0] if isinstance(output, tuple) else output
+        numbers = self._numbers(h)
+        for weight, mine in groups:
+            h = _intervened(h, mine, numbers, weight)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
 
     def _numbers(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Of every token of h (batch, tokens): how many real ones stand before it, and behind it.

@@ -6,7 +6,6 @@ came to a module first, and the module's own forward stays what it was.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ from adapterkit.hub.bases.places import Place
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Fuse, Setup
 from adapterkit.hub.compose.fusions import fusion_for
+from adapterkit.hub.compose.here import Here
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.networks import State
 from adapterkit.hub.compose.program import Network, Run, Site, build
@@ -80,7 +80,7 @@ class Tap:
         self.run: Run | None = None
         self._norm = modules[place.norm] if place.norm else None
         self._entry = place.entry
-        self._here = threading.local()  # one model may run in several threads
+        self._here = Here()
         self._handles: list[RemovableHandle] = []
         if place.x0 and not place.entry:
             hook = modules[place.x0].register_forward_pre_hook(self._enter, with_kwargs=True)
