@@ -56,13 +56,18 @@ def _require_alone(
 ) -> None:
     """A head of other layers cannot be mixed with another one: it takes the weights 0 and 1."""
     name, weight = one
-    others = {n: active[n] for n in active if n != name and module in lowered[n].updates}
+    others = {n: active[n] for n in active if n != name and _acts_in(module, lowered[n])}
     if others or weight != 1:
         shown = ", ".join(f"{clean(n)}={w:g}" for n, w in [(name, weight), *others.items()])
         raise InvalidError(
             f"{clean(name)} brings a head of its own for {module}: it takes weight 1 from one"
             f" adapter, found {shown}"
         )
+
+
+def _acts_in(module: str, lowered: Lowered) -> bool:
+    """Whether it changes what is not asked any more, be it deep inside."""
+    return any(f"{path}.".startswith(f"{module}.") for path in lowered.updates)
 
 
 def _instead(

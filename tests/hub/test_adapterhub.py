@@ -664,6 +664,28 @@ def test_a_flexible_head_takes_weight_1_from_one_adapter(
             adapters.activate(BatchSplit("a", "d", batch_sizes=1))
 
 
+def test_what_acts_inside_what_a_flexible_head_passes_by_is_refused_with_it(
+    bert: Any, plain: P, tmp_path: Path
+) -> None:
+    """Nobody asks the pooler any more, nor what another adapter adds to it."""
+    inner = tmp_path / "pooler"
+    inner.mkdir()
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["pooler.dense"]}
+    (inner / "adapter_config.json").write_text(json.dumps(config))
+    key = "base_model.model.bert.pooler.dense.lora_{}.weight"
+    factors = randoms({key.format("A"): (2, 16), key.format("B"): (16, 2)}, 1)
+    save_file(factors, inner / "adapter_model.safetensors")
+    head = flexible(write(tmp_path / "a", plain), randoms(TWO, 1))
+    pooled = flexible(write(tmp_path / "b", plain), randoms(TWO, 1), use_pooler=True)
+    with attach(bert, {"a": head}) as adapters:
+        adapters.add("inner", inner)
+        with pytest.raises(AdapterError, match="found a=1, inner=1"):
+            adapters.activate(["inner", "a"])
+        assert dict(adapters.active) == {"a": 1}
+        adapters.add("b", pooled)
+        adapters.activate(["inner", "b"])
+
+
 def test_a_flexible_head_needs_a_model_for_its_task(bert: Any, plain: P, tmp_path: Path) -> None:
     folder = flexible(write(tmp_path / "a", plain), randoms(TWO, 1))
     with pytest.raises(MismatchError, match=r"heads\.task\.1\.weight"):
