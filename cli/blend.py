@@ -38,7 +38,7 @@ def _shares(
 
 @click.command()
 @click.argument("sources", metavar="SRC[=WEIGHT]...", nargs=-1)
-@click.option("--method", "-m", metavar="M", default="sum", show_default=True, help="One of those above.")
+@click.option("--method", "-m", metavar="M", default="sum", show_default=True, help="As above.")
 @click.option(
     "--rank", metavar="R|auto", callback=_rank,
     help="Of the result, at most; auto picks one per module.",

@@ -198,6 +198,8 @@ def test_a_whole_checkpoint_made_on_other_weights_is_refused_by_both(
     cases: dict[str, Any], fixtures: Path, tmp_path: Path
 ) -> None:
     """P-Tuning v2 saves the frozen model too: equal to the base it is reported, else an error."""
+    if "bert.ptuning_v2_thudm" not in cases:
+        pytest.skip("needs the whole set of fixtures, $ADAPTERKIT_FIXTURES")
     case = cases["bert.ptuning_v2_thudm"]
     source, model = folder_of(cases, case["id"], fixtures), base_of(fixtures, case)
     base = fixtures / case["base_path"]
