@@ -7,12 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.hub import express
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.convert import REPEATED, Options, fitting
 from adapterkit.hub.findings import ERROR, clean, listing
 from adapterkit.hub.fit import fit
-from adapterkit.hub.formats import peft_express, peft_write
+from adapterkit.hub.formats import peft_write
 from adapterkit.hub.formats.adapterhub_head import task_of
 from adapterkit.hub.formats.peft_write import Part, Place
 from adapterkit.hub.kinds import kind
@@ -84,7 +85,7 @@ def _peft(adapter: Adapter, base: Base | None) -> dict[str, bytes]:
         except InvalidError:
             if adapter.kind != "fused_lora":  # of a fork, and yet a LoRA of PEFT's own
                 raise
-    own, tensors = peft_express.expressed(adapter.name, _primitives(adapter, base), base)
+    own, tensors = express.expressed(adapter.name, _primitives(adapter, base), base)
     parts: dict[Place, Part] = {
         place: Part.of(stored)
         for place, stored in adapter.tensors.items()

@@ -77,7 +77,10 @@ def parts_of(adapter: Adapter, name: str) -> Parts:
     try:
         primitives = _lower(adapter, name, tensors)
     except NeedsBaseError:
-        primitives = _lower(adapter, name, {r: t for r, t in tensors.items() if r not in whole})
+        rest = {role: tensor for role, tensor in tensors.items() if role not in whole}
+        if not whole or not rest:
+            return Parts(whole=arrays)
+        primitives = _lower(adapter, name, rest)
         tensors.taken |= tensors.keys()
     whole |= {role: t for role, t in tensors.items() if _stands(role) and role not in tensors.taken}
     factors = [_scaled(each) for each in primitives if isinstance(each, LowRank)]

@@ -30,8 +30,8 @@ STEPS = {
     "model": {"compose", "gather", "load", "merge/fidelity", "merge/live", "merge/undo",
               "merge/update"},
     "outside": {
-        "merge", "mixing", "made", "convert", "exporting", "recipe_versions", "papers", "parts",
-        "remotes", "diff", "sync", "ingest", "describe", "arrival", "demo",
+        "merge", "mixing", "made", "convert", "exporting", "express", "recipe_versions", "papers",
+        "parts", "remotes", "diff", "sync", "ingest", "describe", "arrival", "demo",
     },
 }  # fmt: skip
 RANK = {step: rank for rank, step in enumerate(STEPS)}

@@ -38,7 +38,11 @@ class Prompt:
         forms = _forms(fields, adapter.shared, fields.width)
         found: list[Finding] = []
         for role, stored in adapter.shared.items():
-            if role in forms:
+            if role == "rows" and stored.shape[:1] not in ((), (fields.stored,), (0,)):
+                want = f"{fields.stored} rows, as num_virtual_tokens says"
+                about = f"shape {list(stored.shape)}"
+                found.append(Finding(ERROR, "shape-mismatch", stored.key, want, about))
+            elif role in forms:
                 found += form_faults(stored, forms[role])
             else:
                 about = "a tensor for which the config leaves no place"
@@ -50,7 +54,7 @@ class Prompt:
             for role in forms
             if role not in adapter.shared
         ]
-        return found + replaced.problems(adapter, fields.replaced)
+        return found + placed.problems(adapter)
 
     def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
         fields: PromptFields = adapter.fields

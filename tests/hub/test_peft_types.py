@@ -51,8 +51,9 @@ def errors(folder: Path, base: Base) -> dict[str, str]:
     return {f.tensor: f.code for f in fit(adapter, base) if f.severity == ERROR}
 
 
-@pytest.mark.parametrize("name", PEFT_TYPES)
+@pytest.mark.parametrize("name", [name for name in PEFT_TYPES if name != "BOTTLENECK"])
 def test_every_field_that_peft_writes_is_known(name: str) -> None:
+    """But for those of the fork that PEFT does not have."""
     peft = pytest.importorskip("peft")
     written = {field.name for field in dataclasses.fields(peft.PEFT_TYPE_TO_CONFIG_MAPPING[name])}
     row = peft_type(name, {}, ())
