@@ -55,7 +55,7 @@ class Bottleneck:
             found += placed.faults(tensors, path, form)
         if not held:
             found.append(Finding(ERROR, "no-factors", "the weights", "bottlenecks", "none"))
-        return found + replaced.problems(adapter, fields.replaced)
+        return found + placed.problems(adapter)
 
     def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
         return Schema({})  # what there is depends on the family: `schema_on`

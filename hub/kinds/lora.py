@@ -212,10 +212,11 @@ def _pair(
             said = f"a tensor {role}, though {options[role]} is false"
             found.append(Finding(ERROR, "unexpected-tensor", tensors[role].key, f"no {role}", said))
     for role, axis in zip(pair, (0, 1), strict=True):
-        if role in tensors and (len(tensors[role].shape) == 2 or axis == 0):
-            size = tensors[role].shape[axis]
-            if size != rank and 0 not in tensors[role].shape:
-                shape = f"rank {size} in shape {list(tensors[role].shape)}"
+        sizes = tensors[role].shape if role in tensors else ()
+        if len(sizes) == 2 or (sizes and axis == 0):
+            size = sizes[axis]
+            if size != rank and 0 not in sizes:
+                shape = f"rank {size} in shape {list(sizes)}"
                 found.append(
                     Finding(ERROR, "rank-mismatch", tensors[role].key, f"r = {rank}", shape)
                 )

@@ -9,6 +9,7 @@ from adapterkit.hub.bases.base import Base
 from adapterkit.hub.bases.places import PAGE, PLACES
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
 from adapterkit.hub.headers import Stored
+from adapterkit.hub.kinds import replaced
 from adapterkit.hub.kinds.base import Expected
 from adapterkit.hub.kinds.targeted import form_faults
 
@@ -42,6 +43,14 @@ def faults(tensors: Mapping[str, Stored], path: str, form: Form) -> list[Finding
         if role not in tensors
     ]
     return found
+
+
+def problems(adapter: Adapter) -> list[Finding]:
+    """Of what a head replaces, which has no form that is known without a base, and of the rest that
+    any kind may replace."""
+    parts = (t for (_, role), t in adapter.tensors.items() if role.startswith(REPLACED))
+    found = [fault for stored in parts for fault in form_faults(stored, None)]
+    return found + replaced.problems(adapter, adapter.fields.replaced)
 
 
 def expected(path: str, form: Form) -> dict[tuple[str, str], Expected]:

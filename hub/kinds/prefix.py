@@ -15,7 +15,7 @@ from adapterkit.hub.bases.base import Base, Module
 from adapterkit.hub.fields import PrefixFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
 from adapterkit.hub.headers import Stored
-from adapterkit.hub.kinds import network, replaced
+from adapterkit.hub.kinds import network, placed, replaced
 from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
 from adapterkit.hub.kinds.network import Sizes
 from adapterkit.hub.kinds.targeted import form_faults
@@ -46,7 +46,7 @@ class Prefix:
             roles = [f"{place}.{part}" for part in form]
             missing = [role for role in roles if ("", role) not in adapter.tensors]
             found += [_missing(role, "a tensor of the prefix") for role in missing]
-        return found + replaced.problems(adapter, fields.replaced)
+        return found + placed.problems(adapter)
 
     def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
         fields: PrefixFields = adapter.fields

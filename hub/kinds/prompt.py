@@ -16,7 +16,7 @@ from adapterkit.hub.bases.base import Base, Module
 from adapterkit.hub.fields import PromptFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
 from adapterkit.hub.headers import Stored
-from adapterkit.hub.kinds import network, replaced
+from adapterkit.hub.kinds import network, placed, replaced
 from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary
 from adapterkit.hub.kinds.network import Sizes
 from adapterkit.hub.kinds.targeted import form_faults

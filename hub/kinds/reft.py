@@ -39,7 +39,7 @@ class Reft:
             found += placed.faults(tensors, path, _form(fields, None))
         if not held:
             found.append(Finding(ERROR, "no-factors", "the weights", "interventions", "none"))
-        return found + replaced.problems(adapter, fields.replaced)
+        return found + placed.problems(adapter)
 
     def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
         return Schema({})  # which layers there are depends on the family: `schema_on`

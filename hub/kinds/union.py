@@ -14,7 +14,7 @@ from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base, Module
 from adapterkit.hub.fields import UnionFields
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding
-from adapterkit.hub.kinds import kind, replaced, schema_of
+from adapterkit.hub.kinds import kind, placed, replaced, schema_of
 from adapterkit.hub.kinds.base import Expected, Lowered, Schema, Site, Summary, Used, Whole
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Union:
             if part.shared and not isinstance(made, Whole):
                 about = f"a {part.kind}, whose modules share tensors"
                 found.append(Finding(ERROR, UNSUPPORTED, "configs", "parts of their own", about))
-        return found + replaced.problems(adapter, adapter.fields.replaced)
+        return found + placed.problems(adapter)
 
     def schema(self, adapter: Adapter, modules: Mapping[str, Module]) -> Schema:
         return Schema({})  # parts may depend on more than modules: `schema_on`

@@ -257,6 +257,33 @@ def test_a_dtype_that_is_no_float_is_caught(make: Make, llama: Base, dtype: str)
     assert (found.code, found.found) == ("wrong-dtype", f"dtype {dtype}")
 
 
+@pytest.mark.parametrize("dtype", ["U8", "BOOL", "F8_E4M3", "C64"])
+@pytest.mark.parametrize("case", ["bert.prefix_cls", "bert.prompt_cls", "bert.lora_cls"])
+def test_a_head_beside_any_kind_is_of_floats(
+    make: Make, base_of: Bases, case: str, dtype: str
+) -> None:
+    from adapterkit.hub.headers import DTYPE_BITS
+
+    def edit(tensors: Tensors) -> None:
+        (key,) = (key for key in tensors if key.endswith("classifier.bias"))
+        _, shape, _ = tensors[key]
+        tensors[key] = dtype, shape, bytes(shape[0] * DTYPE_BITS[dtype] // 8)
+
+    (found,) = faults(make(case, edit), base_of("bert"))
+    assert (found.code, found.found) == ("wrong-dtype", f"dtype {dtype}")
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_factor_that_is_one_number_is_caught(make: Make, llama: Base, factor: str) -> None:
+    key = f"{P}{Q0}.lora_{factor}.weight"
+
+    def edit(tensors: Tensors) -> None:
+        tensors[key] = "F32", [], bytes(4)
+
+    (found,) = faults(make(edit=edit), llama)
+    assert (found.code, found.tensor, found.found) == ("shape-mismatch", key, "shape []")
+
+
 def test_a_target_of_a_type_without_lora_is_not_supported(make: Make, llama: Base) -> None:
     found = faults(make(target_modules=["q_proj", "v_proj", "input_layernorm"]), llama)
     assert {(f.code, f.found) for f in found} == {("unsupported", "a norm module")}
