@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from adapterkit.hub.findings import WARNING, Finding, clean
+from adapterkit.hub.formats.config import ConfigReader
 from adapterkit.hub.headers import Header, Stored, read_header
-from adapterkit.hub.sources import Folder
+from adapterkit.hub.sources import Folder, read_object
 from adapterkit.hub.torchfile import TorchFile, read_torch
 from adapterkit.registry.errors import DamagedError, NotFoundError
 
@@ -83,6 +84,22 @@ def bare_weights(folder: Folder) -> Weights | None:
     ]
     stems = {name.rpartition(".")[0] for name in names}
     return weights_of(folder, names) if len(stems) == 1 else None
+
+
+def required_weights(folder: Folder) -> Weights:
+    """The same. Raises NotFoundError where there is no such file, or several."""
+    weights = bare_weights(folder)
+    if weights is None:
+        raise NotFoundError(f"{clean(folder.name)} has no single file of weights")
+    return weights
+
+
+def read_config(folder: Folder, name: str) -> ConfigReader:
+    """The JSON object of that name. Raises NotFoundError, DamagedError."""
+    if name not in folder.files:
+        raise NotFoundError(f"{clean(folder.name)} has no {name}")
+    config = read_object(folder.files[name], f"{clean(folder.name)}/{name}")
+    return ConfigReader(config, f"{folder.name}/{name}")
 
 
 def without_root(tensors: Mapping[str, Stored], *roots: str) -> dict[str, Stored]:

@@ -15,7 +15,14 @@ from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.fields import LoraFields
 from adapterkit.hub.findings import ERROR, Finding, clean
 from adapterkit.hub.formats.config import MAX_NUMBER, is_number
-from adapterkit.hub.formats.files import LIKELY, Claim, Weights, bare_weights, rest_of_file
+from adapterkit.hub.formats.files import (
+    LIKELY,
+    Claim,
+    Weights,
+    bare_weights,
+    required_weights,
+    rest_of_file,
+)
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.matching import Targets
 from adapterkit.hub.sources import Folder
@@ -49,9 +56,7 @@ def read(
     folder: Folder, config: Mapping[str, Any] | None, allow_fields: Collection[str]
 ) -> Adapter:
     """Raises NotFoundError for an image model, and for several text encoders in one file."""
-    weights = bare_weights(folder)
-    if weights is None:
-        raise NotFoundError(f"{clean(folder.name)} has no single file of weights")
+    weights = required_weights(folder)
     _require_text(folder, weights)
     tensors, findings = _placed(weights.header.tensors)
     ranks = {m: t.shape[0] for (m, role), t in tensors.items() if role == "A" and t.shape}

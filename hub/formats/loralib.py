@@ -18,13 +18,14 @@ from adapterkit.hub.formats.files import (
     Claim,
     Weights,
     bare_weights,
+    required_weights,
     rest_of_file,
     without_root,
 )
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.matching import Targets
 from adapterkit.hub.sources import Folder
-from adapterkit.registry.errors import DamagedError, InvalidError, NotFoundError
+from adapterkit.registry.errors import DamagedError, InvalidError
 
 HINTS = {
     "alpha": "lora_alpha of the training",
@@ -47,9 +48,7 @@ def read(
     folder: Folder, config: Mapping[str, Any] | None, allow_fields: Collection[str]
 ) -> Adapter:
     """Raises InvalidError for what the user has to say and did not."""
-    weights = bare_weights(folder)
-    if weights is None:
-        raise NotFoundError(f"{clean(folder.name)} has no single file of weights")
+    weights = required_weights(folder)
     tensors, findings = _placed(weights)
     modules = sorted({module for module, role in tensors if role in ROLES.values()})
     biases = {module for module, role in tensors if role == "replace.bias"}

@@ -15,13 +15,14 @@ from adapterkit.hub.formats.files import (
     POSSIBLE,
     Claim,
     bare_weights,
+    required_weights,
     rest_of_file,
     without_root,
 )
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.matching import Targets
 from adapterkit.hub.sources import Folder
-from adapterkit.registry.errors import InvalidError, NotFoundError
+from adapterkit.registry.errors import InvalidError
 
 ABSOLUTE, DELTA = "absolute", "delta"
 VALUES, TENSORS = "values", "tensors"
@@ -47,9 +48,7 @@ def read(
     folder: Folder, config: Mapping[str, Any] | None, allow_fields: Collection[str]
 ) -> Adapter:
     """Raises InvalidError for a hint that means nothing."""
-    weights = bare_weights(folder)
-    if weights is None:
-        raise NotFoundError(f"{clean(folder.name)} has no single file of weights")
+    weights = required_weights(folder)
     values = folder.hints.get(VALUES, ABSOLUTE)
     if values not in (ABSOLUTE, DELTA):
         shown = clean(repr(values), 80)

@@ -11,14 +11,13 @@ from typing import Any
 
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.fields import PromptFields
-from adapterkit.hub.findings import ERROR, Finding, clean
-from adapterkit.hub.formats.config import ConfigReader, unknown_fields
-from adapterkit.hub.formats.files import CERTAIN, Claim, weights_of
+from adapterkit.hub.findings import ERROR, Finding
+from adapterkit.hub.formats.config import unknown_fields
+from adapterkit.hub.formats.files import CERTAIN, Claim, read_config, weights_of
 from adapterkit.hub.formats.peft_prompt import MAX_COUNT
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.matching import Targets
-from adapterkit.hub.sources import Folder, read_object
-from adapterkit.registry.errors import NotFoundError
+from adapterkit.hub.sources import Folder
 
 CONFIG, WEIGHTS = "wrapper_config.json", ("embeddings.safetensors", "embeddings.pth")
 ENCODER = "prompt_encoder_type"
@@ -44,10 +43,8 @@ def read(
     folder: Folder, config: Mapping[str, Any] | None, allow_fields: Collection[str]
 ) -> Adapter:
     """Raises DamagedError, and NotFoundError where a file is missing."""
-    if CONFIG not in folder.files:
-        raise NotFoundError(f"{clean(folder.name)} has no {CONFIG}")
-    config = read_object(folder.files[CONFIG], f"{clean(folder.name)}/{CONFIG}")
-    reader = ConfigReader(config, f"{folder.name}/{CONFIG}")
+    reader = read_config(folder, CONFIG)
+    config = reader.config
     encoder = reader.choice(ENCODER, "lstm", tuple(PARTS))
     width = reader.count("embed_size", 1, MAX_COUNT) if "embed_size" in config else None
     base, family = reader.text("model_name_or_path"), reader.text("model_type")

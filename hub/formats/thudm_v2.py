@@ -12,13 +12,11 @@ from typing import Any
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.fields import PrefixFields
 from adapterkit.hub.findings import INFO, Finding, clean
-from adapterkit.hub.formats.config import ConfigReader
-from adapterkit.hub.formats.files import CERTAIN, Claim, weights_of
+from adapterkit.hub.formats.files import CERTAIN, Claim, read_config, weights_of
 from adapterkit.hub.formats.peft_prompt import MAX_COUNT
 from adapterkit.hub.headers import FLOATS, Stored
 from adapterkit.hub.matching import Targets
 from adapterkit.hub.sources import Folder, read_object
-from adapterkit.registry.errors import NotFoundError
 
 CONFIG, WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 LENGTH, PROJECTION = "pre_seq_len", "prefix_projection"
@@ -46,10 +44,8 @@ def read(
     folder: Folder, config: Mapping[str, Any] | None, allow_fields: Collection[str]
 ) -> Adapter:
     """Raises DamagedError, and NotFoundError where a file is missing."""
-    if CONFIG not in folder.files:
-        raise NotFoundError(f"{clean(folder.name)} has no {CONFIG}")
-    config = read_object(folder.files[CONFIG], f"{clean(folder.name)}/{CONFIG}")
-    reader = ConfigReader(config, f"{folder.name}/{CONFIG}")
+    reader = read_config(folder, CONFIG)
+    config = reader.config
     if LENGTH not in config:
         reader.fault(LENGTH, f"an integer from 1 to {MAX_COUNT}")
     length, projected = reader.count(LENGTH, 1, MAX_COUNT), reader.flag(PROJECTION)
