@@ -21,7 +21,7 @@ from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.here import Here
 from adapterkit.hub.compose.inputs import Call
 from adapterkit.hub.compose.lowering import Lowered
-from adapterkit.hub.compose.possible import require_possible
+from adapterkit.hub.compose.possible import require_kept, require_possible
 from adapterkit.hub.compose.sides import Sides
 from adapterkit.hub.compose.standing import Standing, standing
 from adapterkit.hub.compose.swap import Forward, Swap
@@ -144,6 +144,7 @@ class Context:
         if found is None:
             caches.require_own(cache, None)
             return original(**call)
+        require_kept(self._body, found)
         seen = caches.length(cache)
         self._here.starts = seen == 0
         if not self._here.starts:

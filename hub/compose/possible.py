@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from adapterkit.hub.compose.sides import has_bias
 from adapterkit.hub.compose.standing import Standing
-from adapterkit.registry.errors import MismatchError
+from adapterkit.registry.errors import InvalidError, MismatchError
 
 
 def require_possible(model: Any, body: Any, found: Standing) -> None:
@@ -31,3 +31,15 @@ def require_possible(model: Any, body: Any, found: Standing) -> None:
     for needed, there, lack in lacks:
         if needed and not there:
             raise MismatchError(f"{name} {lack}, which the active prefix or prompt needs")
+
+
+def require_kept(body: Any, found: Standing) -> None:
+    """Raises InvalidError where layers would leave out the cache that keys in front stand in, as
+    transformers' do while they check-point activations."""
+    if not body.training or not (found.prefixes or found.sides):
+        return
+    if any(getattr(each, "gradient_checkpointing", False) for each in body.modules()):
+        raise InvalidError(
+            "gradient checkpointing leaves out the cache, which the active prefix stands in",
+            hint="model.gradient_checkpointing_disable(), or model.eval()",
+        )

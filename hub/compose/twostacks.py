@@ -12,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from adapterkit.hub.compose import caches, inputs, outputs
 from adapterkit.hub.compose.inputs import Call
+from adapterkit.hub.compose.possible import require_kept
 from adapterkit.hub.compose.standing import Standing
 from adapterkit.hub.compose.swap import Forward, Swap
 
@@ -49,6 +50,7 @@ class TwoStacks:
         if found is None:
             caches.require_own(cache, None)
             return original(**call)
+        require_kept(self._model.base_model, found)
         seen = caches.length(cache)
         if seen:
             caches.require_own(cache, found.activation)

@@ -427,6 +427,21 @@ def test_what_cannot_be_done_is_refused_by_name(pair: Pair) -> None:
             forward(model, **one_step(inputs), past_key_values=after)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_a_prefix_is_not_lost_where_layers_leave_out_the_cache(family: str, pair: Pair) -> None:
+    (_, folder), model, inputs = pair(family, "prefix"), make(family), batch("")
+    with attach(model, [folder]) as adapters, torch.no_grad():
+        expected = forward(model, **inputs).logits
+        model.gradient_checkpointing_enable()
+        assert torch.equal(forward(model, **inputs).logits, expected)
+        model.train()
+        with pytest.raises(InvalidError, match="gradient checkpointing leaves out the cache"):
+            forward(model, **inputs)
+        adapters.activate([])
+        forward(model, **inputs)
+
+
 def one_step(inputs: dict[str, Any]) -> dict[str, Any]:
     mask = inputs["attention_mask"]
     longer = torch.cat([mask, mask[:, :1]], dim=1)
