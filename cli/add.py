@@ -10,7 +10,7 @@ import click
 
 from adapterkit.cli import hints as hinted
 from adapterkit.cli.app import App, pass_app
-from adapterkit.cli.output import emit, finding_record, note, say, size
+from adapterkit.cli.output import emit, finding_record, meant, note, say, size
 from adapterkit.cli.progress import progress
 from adapterkit.hub.recipes import KIND
 from adapterkit.registry.errors import InvalidError
@@ -110,9 +110,7 @@ def tell(app: App, done: Ingested, base: str | None) -> None:
         say(f"{added.ref}: stored {size(added.size)}{new}")
     else:
         say(f"{added.ref}: already stored, nothing new")
-    rank = "" if info.rank is None else f" of rank {info.rank}"
-    word = "of" if info.kind == KIND else "on"
-    say(f"  {info.variant}{rank} {word} {', '.join(info.targets)}")
+    say(f"  {meant(info, 'of' if info.kind == KIND else 'on')}")
     say(f"  sha256:{added.id}")
     for name, n_bytes in done.skipped:
         say(f"  skipped {name} ({size(n_bytes)})")

@@ -155,6 +155,8 @@ def _keep(
         emit(done | {"recipe": recipe.record()})
         return
     say(f"{done['ref'] or done['folder']}: a recipe of {count(len(recipe.parts), 'part')}")
+    if done["id"]:
+        say(f"  {done['id']}")
     for part in recipe.parts:
         say(f"  {part.weight:g} {part.label}")
 

@@ -8,7 +8,7 @@ import click
 
 from adapterkit.cli import hints as hinted
 from adapterkit.cli.app import App, pass_app
-from adapterkit.cli.output import count, emit, note, say, size, table
+from adapterkit.cli.output import count, dtype, emit, note, say, size, table
 from adapterkit.registry.errors import InvalidError
 from adapterkit.registry.refs import PathSource, Ref, parse_source
 
@@ -111,7 +111,7 @@ def tell(app: App, made: Conversion, done: dict[str, Any]) -> None:
     if made.error:
         say(f"  error {made.error:.3g} of the change, over {count(len(made.modules), 'module')}")
     else:
-        say(f"  exact; rounding to {made.dtype} changes {made.rounding:.1g} of it")
+        say(f"  exact; rounding to {dtype(made.dtype)} changes {made.rounding:.1g} of it")
     if done["id"]:
         say(f"  {done['id']}")
     lossy = sorted((m for m in made.modules if m.error), key=lambda m: (-m.error, m.module))

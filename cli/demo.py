@@ -37,8 +37,8 @@ def command(app: App, keep: Path | None) -> None:
     """Play the whole story on a tiny model, from nothing.
 
     Trains a tiny base model and three adapters, then adds, checks, pushes, pulls and composes them,
-    and tests on the way that every step did what it says. Needs no GPU and no network, takes less
-    than a minute, and leaves nothing behind without --keep.
+    and tests on the way that every step did what it says. Needs no GPU and no network, takes a
+    minute or two, and leaves nothing behind without --keep.
     """
     with workplace(keep) as root, Bars(app) as bars:
         stays = "stays" if keep else "is removed at the end"

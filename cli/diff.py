@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.app import App, pass_app
-from adapterkit.cli.output import count, emit, say, table
+from adapterkit.cli.output import count, dtype, emit, say, table
 
 if TYPE_CHECKING:
     from adapterkit.hub.diff import Change, Diff, ModuleDiff
@@ -71,6 +71,8 @@ def changes(title: str, found: Sequence[Change]) -> None:
 def text(value: object) -> str:
     if value is None:
         return "-"
+    if isinstance(value, dict):
+        value = {dtype(name): item for name, item in value.items()}
     return f"{value:g}" if isinstance(value, float) else json.dumps(value).strip('"')
 
 

@@ -8,7 +8,7 @@ import click
 
 from adapterkit.cli import hints as hinted
 from adapterkit.cli.app import App, pass_app
-from adapterkit.cli.output import count, emit, fields, finding_record, say, size, table
+from adapterkit.cli.output import count, dtype, emit, fields, finding_record, say, size, table
 
 if TYPE_CHECKING:
     from adapterkit.hub.adapter import Adapter, AdapterInfo
@@ -94,9 +94,10 @@ def tell(folder: Folder, adapter: Adapter, info: AdapterInfo, limit: int | None)
     ]
     fields(pairs, "  ")
     rows = [
-        (row["module"] or "(all)", row["role"], row["dtype"], str(row["shape"]), size(row["size"]))
+        (row["module"] or "(all)", row["role"], dtype(row["dtype"]), str(row["shape"]),
+         size(row["size"]))
         for row in found["tensors"]
-    ]
+    ]  # fmt: skip
     table(("MODULE", "ROLE", "DTYPE", "SHAPE", "SIZE"), rows[:limit])
     if limit is not None and len(rows) > limit:
         say(f"{count(len(rows) - limit, 'tensor')} more; -v shows all")

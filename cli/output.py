@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import click
 
 from adapterkit.cli.app import App
 from adapterkit.hub.findings import Finding, clean
 
+if TYPE_CHECKING:
+    from adapterkit.hub.adapter import AdapterInfo
+
 MAX_LINE = 4000
+# How users call what safetensors writes in headers.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
 
 
 def safe(text: str) -> str:
@@ -53,6 +62,17 @@ def size(n_bytes: int) -> str:
 def count(n: int, noun: str) -> str:
     """`1 file`, `2 files`."""
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def dtype(code: str) -> str:
+    """`F32` -> `float32`."""
+    return DTYPES.get(code, code)
+
+
+def meant(info: AdapterInfo, word: str = "on") -> str:
+    """`LoRA of rank 8 on q_proj, v_proj`; `prefix tuning`, which has no modules."""
+    rank = "" if info.rank is None else f" of rank {info.rank}"
+    return f"{info.variant}{rank}" + (f" {word} {', '.join(info.targets)}" if info.targets else "")
 
 
 def moment(created: str) -> str:

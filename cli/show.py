@@ -10,7 +10,7 @@ import click
 
 from adapterkit.cli.app import App, pass_app
 from adapterkit.cli.list import record
-from adapterkit.cli.output import emit, fields, moment, say, size
+from adapterkit.cli.output import dtype, emit, fields, moment, say, size
 from adapterkit.registry.refs import Ref
 
 SHOWN_ITEMS = 8
@@ -100,7 +100,7 @@ def flat(
             more = f", ... ({len(item)} in all)" if len(shown) < len(item) else ""
             yield prefix + name, ", ".join(shown) + more
         elif item is not None:
-            yield prefix + name, text(item)
+            yield prefix + dtype(name), text(item)
 
 
 def text(value: object) -> str:

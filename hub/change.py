@@ -24,16 +24,18 @@ from adapterkit.hub.primitives import (
 )
 from adapterkit.registry.errors import InvalidError
 
-# Why a primitive is no change of a weight or a bias, by its name.
+# Why a primitive is no change of a weight or a bias, by the name of its class.
 NO_CHANGE = {
-    "InputRotation": "turns the input: W R - W has the rank of the weight, so that merging it into"
-    " the base is what keeps it",
-    "GatedLowRank": "counts as much as a gate says that looks at the input, which no weight does",
-    "Bottleneck": "is a network of its own with a nonlinearity, which no weight equals",
-    "Coupling": "couples halves of a hidden state by networks, which no weight equals",
-    "Fusion": "weighs bottlenecks by attention to the input, which no weight equals",
-    "PrefixKV": "adds keys and values that every token attends to, which no weight equals",
-    "VirtualTokens": "adds tokens in front of the input, which no weight equals",
+    "InputRotation": "a rotation turns the input: W R - W has the rank of the weight, so that"
+    " merging it into the base is what keeps it",
+    "GatedLowRank": "a LoRA behind a gate counts as much as the gate says that looks at the input,"
+    " which no weight does",
+    "Bottleneck": "a bottleneck is a network with a nonlinearity, which no weight equals",
+    "Coupling": "an invertible bottleneck couples halves of a hidden state by networks, which no"
+    " weight equals",
+    "Fusion": "a fusion weighs bottlenecks by attention to the input, which no weight equals",
+    "PrefixKV": "a prefix adds keys and values that every token attends to, which no weight equals",
+    "VirtualTokens": "a prompt adds tokens in front of the input, which no weight equals",
 }
 
 
@@ -92,9 +94,8 @@ def _refuse_others(ground: Ground, name: str, acting: Sequence[Primitive]) -> No
         if not isinstance(
             primitive, LowRank | RowScale | BiasShift | DenseDelta | OutputGain | InputGain
         ):
-            word = type(primitive).__name__
-            why = NO_CHANGE.get(word, "is no change of a weight")
-            raise InvalidError(f"{clean(ground.adapter.name)}: at {clean(name)}, {word} {why}")
+            why = NO_CHANGE.get(type(primitive).__name__, "what it does is no change of a weight")
+            raise InvalidError(f"{clean(ground.adapter.name)}: at {clean(name)}, {why}")
 
 
 def _factors(p: LowRank) -> Factors:

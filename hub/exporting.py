@@ -50,9 +50,14 @@ def exported(
     Raises InvalidError where that tool has nothing that is the same, and NeedsBaseError.
     """
     folder = locate(source, registry)
-    if to not in FORMATS[1:] or is_recipe(folder):
-        what = "a recipe" if is_recipe(folder) else f"the format {clean(repr(to), 40)}"
+    if to not in FORMATS[1:]:
+        what = f"the format {clean(repr(to), 40)}"
         raise InvalidError(f"{clean(folder.name)}: {what} cannot be written, only peft, adapters")
+    if is_recipe(folder):
+        raise InvalidError(
+            f"{clean(folder.name)} is a recipe, which has no weights of its own",
+            hint="export its parts, or make one adapter of them: adapter blend",
+        )
     adapter = read_adapter(folder)
     adapter.require_sound()
     described = fitting(folder, adapter, base, Options())

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,8 @@ def _whole(primitive: Primitive) -> dict[str, Any]:
         part = primitive.name if primitive.rows is None else f"rows {_rows(primitive.rows)}"
         return {f"replaced {part}": primitive.T}
     arrays = {name: value for name, value in vars(primitive).items() if hasattr(value, "shape")}
-    return {f"{type(primitive).__name__} {name}": value for name, value in arrays.items()}
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(primitive).__name__).lower()
+    return {f"{words} {name}": value for name, value in arrays.items()}
 
 
 def _rows(rows: tuple[int, ...]) -> str:

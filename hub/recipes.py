@@ -138,7 +138,8 @@ def is_recipe(folder: Folder) -> bool:
 
 def read_recipe(folder: Folder) -> Recipe:
     source = folder.file(FILE)
-    name = f"{clean(folder.name)}/{FILE}"
+    alone = folder.name.endswith(".json")  # see folder_of
+    name = clean(folder.name) if alone else f"{clean(folder.name)}/{FILE}"
     check_size(source.size, name)
     return Recipe.parse(source.read(0, source.size), name)
 

@@ -91,6 +91,12 @@ class Folder:
         return self.files[path]
 
 
+def _why_not(error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "does not exist"
+    return f"cannot be read: {getattr(error, 'strerror', None) or error}"
+
+
 def open_folder(path: Path) -> Folder:
     """The files of a directory and its subdirectories, nothing opened yet.
 
@@ -100,8 +106,7 @@ def open_folder(path: Path) -> Folder:
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # also a loop of links, a name too long, or with a NUL
-        reason = getattr(error, "strerror", None) or str(error)
-        raise NotFoundError(f"{clean(str(path))} does not exist: {reason}") from error
+        raise NotFoundError(f"{clean(str(path))} {_why_not(error)}") from error
     if not stat.S_ISDIR(mode):
         raise DamagedError(
             f"{clean(str(path))} is a file, expected a folder; archives are not opened: their size"

@@ -39,6 +39,15 @@ class Ref:
 
     @classmethod
     def parse(cls, text: str) -> Ref:
+        if _PATH.match(text):
+            raise InvalidError(
+                f"{text[:200]!r} is not a name, but a path",
+                hint="adapter add PATH NAME stores a folder; adapter inspect PATH shows one",
+            )
+        if "=" in text:
+            raise InvalidError(
+                f"{text[:200]!r} is not a name", hint="a weight is a finite number: NAME=0.5"
+            )
         name, at, version = text.partition("@")
         tag: str | None = None
         if not at:

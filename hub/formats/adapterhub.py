@@ -149,7 +149,7 @@ def _method(config: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any], Ar
     if isinstance(chosen, str) and chosen in OTHER_ARCHITECTURES:
         raise NotFoundError(
             f"{clean(name)}: {about} are known, but not applied by this version",
-            hint=f"this version reads {', '.join(ARCHITECTURES)}",
+            hint=f"this version reads {', '.join(sorted(ARCHITECTURES))}",
         )
     raise NotFoundError(f"{where}: {about} are not known here")
 

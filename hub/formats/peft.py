@@ -94,6 +94,6 @@ def _type(config: Mapping[str, Any], name: str) -> str:
     if isinstance(value, str) and value in OTHER_TYPES:
         raise NotFoundError(
             f"{clean(name)}: adapters of type {shown} are known, but not applied by this version",
-            hint=f"this version reads {', '.join(PEFT_TYPES)}",
+            hint=f"this version reads {', '.join(sorted(PEFT_TYPES))}",
         )
     raise NotFoundError(f"{clean(name)}/{CONFIG}: peft_type {shown} is not a known adapter type")

@@ -82,7 +82,8 @@ def test_a_recipe_keeps_what_no_adapter_carries(run, run_json, two, fixtures, ll
     run("add", fixtures / "adapters/llama_prefix1", "style", "--base", llama)
     run("blend", "a=0.5", "style", "-o", "mix", code=2)
     shown = run("blend", "a=0.5", "style", "--as", "recipe", "-o", "mix").stdout
-    assert shown == "mix@1.0: a recipe of 2 parts\n  0.5 a@1.0\n  1 style@1.0\n"
+    id = run_json("show", "mix")["id"]
+    assert shown == f"mix@1.0: a recipe of 2 parts\n  {id}\n  0.5 a@1.0\n  1 style@1.0\n"
     assert run_json("show", "mix")["manifest"]["adapter"]["kind"] == "recipe"
     run("blend", "a", "b", "--as", "recipe", "-o", tmp_path / "x")
     run("add", tmp_path / "x", "again")

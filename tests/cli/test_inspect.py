@@ -14,7 +14,7 @@ def test_it_shows_how_a_folder_is_understood(run, sql):
     for line in ("  format   peft\n", "  kind     lora\n", "  rank     8 on 4 modules\n"):
         assert line in shown
     assert "adapter_config.json (config), adapter_model.safetensors (weights)" in shown
-    assert "\nmodel.layers.0.self_attn.q_proj  A     F32    [8, 64]  2.0 KiB\n" in shown
+    assert "\nmodel.layers.0.self_attn.q_proj  A     float32  [8, 64]  2.0 KiB\n" in shown
 
 
 def test_json_lists_every_tensor_with_its_key(run_json, sql):
