@@ -166,7 +166,7 @@ class ByRows:
 
     parts: tuple[tuple[Fraction, Plan | None], ...]
 
-    def run(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
+    def run(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         sizes = [share * len(x) for share, _ in self.parts]
         if any(size.denominator > 1 for size in sizes):
@@ -178,4 +178,6 @@ class ByRows:
             original(piece) if plan is None else plan.run(module, original, (piece,), {})
             for (_, plan), piece in zip(self.parts, pieces, strict=True)
         ]
-        return torch.cat(made)
+        if not isinstance(made[0], tuple):
+            return torch.cat(made)
+        return tuple(torch.cat(each) for each in zip(*made, strict=True))  # a router's three

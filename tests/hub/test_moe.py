@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from adapterkit.hub import attach, check
+from adapterkit.hub import BatchSplit, attach, check
 from adapterkit.hub.bases.folder import read_base
 from adapterkit.hub.ingest import touched
 from adapterkit.hub.read import read_adapter
@@ -470,3 +470,15 @@ def test_experts_and_other_kinds_act_together(model: Any, write: Callable[..., P
     with attach(model, {"gain": ia3, "experts": write(tensors, **FUSED)}) as adapters:
         adapters.activate({"gain": 1, "experts": 0.5})
         close(run(model), dense)
+
+
+def test_rows_have_routers_of_their_own(model: Any, write: Callable[..., Path]) -> None:
+    """Which gives more than one tensor."""
+    parts = [{k: v for k, v in fused(model, seed).items() if ".gate." in k} for seed in (1, 2)]
+    folders = {n: write(t, target_parameters=[ROUTER]) for n, t in zip("ab", parts, strict=True)}
+    with attach(model, folders) as adapters:
+        alone = [adapters.activate([name]) or run(model) for name in "ab"]
+        adapters.activate(BatchSplit("a", "b", batch_sizes=[1, 2]))
+        found = run(model)
+    torch.testing.assert_close(found, torch.cat([alone[0][:1], alone[1][1:]]))
+    assert (alone[0] - alone[1]).abs().max() > 1e-3
