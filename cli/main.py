@@ -39,6 +39,7 @@ COMMANDS = {
     "restore": "Make the registry anew from a file that `backup` wrote.",
     "upgrade": "Bring the registry to the format of this program.",
     "blend": "Blend adapters into one.",
+    "extract": "Make a LoRA of what fine-tuning changed in a whole model.",
     "convert": "Make a plain LoRA of an adapter of another kind.",
     "export": "Write the files of a version into a folder.",
     "check": "Say whether adapters fit their base model.",

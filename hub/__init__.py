@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from adapterkit.hub.merge.merge import merge
     from adapterkit.hub.mixing.blend import blend
     from adapterkit.hub.mixing.compare import Comparison, compare
+    from adapterkit.hub.mixing.extract import extract
     from adapterkit.hub.mixing.written import Blend
 
 PLACES = {
@@ -51,6 +52,7 @@ PLACES = {
     "describe": "adapterkit.hub.describe",
     "diff": "adapterkit.hub.diff",
     "exit_code": "adapterkit.hub.check",
+    "extract": "adapterkit.hub.mixing.extract",
     "folder": "adapterkit.hub.locate",
     "load": "adapterkit.hub.load",
     "merge": "adapterkit.hub.merge.merge",
@@ -83,6 +85,7 @@ __all__ = [
     "describe",
     "diff",
     "exit_code",
+    "extract",
     "folder",
     "load",
     "merge",
