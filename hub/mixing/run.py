@@ -102,6 +102,8 @@ class Mix:
         terms = single(here.terms) if entrywise else list(here.terms)
         self._require_bounded(module, here)
         needed = sum(term.factors.rank for term in terms)
+        if any(term.rest is not None for term in terms):
+            needed = min(terms[0].shape)  # a part without factors has the rank of the weight
         settings = self._settings
         if entrywise and self._chosen.rank == AUTO:
             settings = replace(settings, rank=min(MOST * needed, *terms[0].shape))
