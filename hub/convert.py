@@ -24,6 +24,7 @@ from adapterkit.hub.offline import Ground, lowered
 from adapterkit.hub.primitives import Replace
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.rooting import rooted
+from adapterkit.hub.settings import refined
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import for_task
 from adapterkit.registry.errors import InvalidError, MismatchError
@@ -117,9 +118,7 @@ def convert(
     Raises InvalidError for what no LoRA carries, and where a rank or a base has to be given;
     MismatchError if it does not fit the base.
     """
-    from dataclasses import replace
-
-    chosen = replace(options or Options(), **settings)
+    chosen = refined(options or Options(), settings)
     if to != "lora":
         raise InvalidError(f"adapters are converted to lora, not to {clean(repr(to), 60)}")
     if rank is not None and not (isinstance(rank, int) and 0 < rank <= peft_write.MAX_RANK):

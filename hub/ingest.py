@@ -32,6 +32,7 @@ from adapterkit.hub.read import read_adapter
 from adapterkit.hub.recipe_versions import add_recipe, info_of
 from adapterkit.hub.recipes import is_recipe
 from adapterkit.hub.rooting import rooted
+from adapterkit.hub.settings import refined
 from adapterkit.hub.sources import Folder
 from adapterkit.hub.task import doubt, for_task
 from adapterkit.hub.values import check_values
@@ -113,7 +114,7 @@ def add(  # noqa: PLR0913
     Raises DamagedError or NotFoundError if the folder is not a complete, finite adapter, and
     MismatchError if it does not fit the base given; then nothing is stored.
     """
-    chosen = replace(options or Options(), **settings)
+    chosen = refined(options or Options(), settings)
     folder = path if isinstance(path, Folder) else locate(Path(path))
     if is_recipe(folder):
         return _recipe(registry, folder, name, version, tags, _attachments(metrics, note), chosen)

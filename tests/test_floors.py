@@ -17,7 +17,8 @@ BELOW = {
 # Steps inside hub, lowest first; a file stands on the first step that names it or its folder.
 STEPS = {
     "plain": {
-        "findings", "headers", "sources", "adapter", "fields", "matching", "recipes", "pickled",
+        "findings", "headers", "sources", "adapter", "fields", "matching", "settings", "recipes",
+        "pickled",
         "storedzip", "strided", "torchfile", "torchnames",
         "bases/base", "bases/attention", "bases/packed", "bases/places", "bases/values",
     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -19,6 +19,7 @@ from adapterkit.hub.findings import ERROR, FITS, clean, listing
 from adapterkit.hub.fit import fit
 from adapterkit.hub.identity import Identity, identify
 from adapterkit.hub.read import read_adapter
+from adapterkit.hub.settings import refined as settings_of
 from adapterkit.hub.sources import Folder
 from adapterkit.registry.errors import AdapterWarning, InvalidError, MismatchError
 
@@ -58,11 +59,7 @@ class Options:
 
 def refined(options: Options | None, settings: Mapping[str, Any]) -> Options:
     """The options with some fields set anew. Raises InvalidError naming those that do not exist."""
-    known = {field.name for field in fields(Options)}
-    unknown = sorted(settings.keys() - known)
-    if unknown:
-        raise InvalidError(f"no option {', '.join(unknown)}; there are {', '.join(sorted(known))}")
-    return replace(options or Options(), **settings)
+    return settings_of(options or Options(), settings)
 
 
 def admit(

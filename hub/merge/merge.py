@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from adapterkit.hub.merge.planning import Plan, plan
 from adapterkit.hub.merge.shard import shard_writer
 from adapterkit.hub.merge.stage import Done, Stage, staged
 from adapterkit.hub.reduce import single_thread
+from adapterkit.hub.settings import refined
 from adapterkit.registry.errors import InvalidError
 from adapterkit.registry.files import Files
 
@@ -86,7 +87,7 @@ def merge(  # noqa: PLR0913
     Raises MismatchError with all findings if an adapter does not belong to the base, InvalidError
     for what no weight carries, AdapterError below `min_gain`, ConflictError if `out` is taken.
     """
-    chosen = replace(options or Options(), **settings)
+    chosen = refined(options or Options(), settings)
     if out is None and not dry_run:
         raise InvalidError("there is no folder to merge into", hint="give out=, or dry_run=True")
     with single_thread():

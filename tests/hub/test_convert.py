@@ -371,7 +371,10 @@ def test_what_is_stored_keeps_its_parents_and_how_it_was_made(
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"to": "dora"}, "to lora"), ({"rank": 0}, "rank is 0"), ({"dtype": "int8"}, "dtype")],
+    [
+        ({"to": "dora"}, "to lora"), ({"rank": 0}, "rank is 0"), ({"dtype": "int8"}, "dtype"),
+        ({"out": "x"}, "no option out; there are .*quantization"),
+    ],
 )
 def test_what_is_asked_for_in_vain_is_said(dora: Path, change: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidError, match=words):
