@@ -71,7 +71,9 @@ class Ground:
         if self.base is not None:
             return self.base.modules[name].groups > 1
         held = self.adapter.modules.get(name, {})
-        return "A" in held and "B" in held and held["A"].shape[0] != held["B"].shape[1]
+        if not self.kernel(name) or not {"A", "B"} <= held.keys():
+            return False
+        return held["A"].shape[0] != held["B"].shape[1]
 
     def bias(self, name: str) -> Tensor | None:
         if self.weights is None:
