@@ -23,6 +23,7 @@ ALWAYS = (  # the main path, and what the tests of attach need: larger than othe
     "llama.lora_all_linear",
     "bert.lora_cls",
     "gpt2.lora_wte",
+    "t5.lora",
     "llama.dora",
     "qwen2.lora_bias_param",
     "gpt2.lora_c_attn",
