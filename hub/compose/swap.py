@@ -33,6 +33,8 @@ class Swap:
         setattr(module, name, self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > len(self._names) or kwargs.keys() & set(self._names[: len(args)]):
+            return self._original(*args, **kwargs)  # which says what is wrong with the call
         return self._run(self._original, dict(zip(self._names, args, strict=False)) | kwargs)
 
     def remove(self) -> None:

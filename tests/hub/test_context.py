@@ -167,14 +167,20 @@ def counted(found: Tensor, inputs: dict[str, Any]) -> Tensor:
     return found[torch.cat([mask.new_ones((len(mask), n)), mask], dim=1)]
 
 
-@pytest.mark.parametrize("padding", ["", "left", "right"])
+# Encoders are padded on the right alone.
+PADDED = [
+    (family, padding)
+    for family in FAMILIES
+    for padding in ("", "left", "right")
+    if padding != "left" or family not in ("bert", "roberta", "tokens")
+]
+
+
 @pytest.mark.parametrize("kind", ["prefix", "prompt"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "padding"), PADDED)
 def test_outputs_are_those_of_peft(family: str, kind: str, padding: str, pair: Pair) -> None:
     reference, folder = pair(family, kind)
     inputs = batch(padding)
-    if padding == "left" and family in ("bert", "roberta", "tokens"):
-        pytest.skip("encoders are padded on the right")
     expected = forward(reference, **inputs).logits
     model = make(family)
     with attach(model, [folder], virtual_outputs=True):
@@ -521,3 +527,15 @@ def test_an_adapterhub_prefix_stands_before_all_attentions_of_t5(tmp_path: Path)
         assert (one - other).abs().max() > 1e-3
     assert torch.equal(forward(model, **batch("right")).logits, base)
     assert not [m for m in model.modules() if {"forward", "compute_bias"} & vars(m).keys()]
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_arguments_that_the_model_would_refuse_are_refused(kind: str, pair: Pair) -> None:
+    """None is dropped: too many of them, or one that is given twice."""
+    _, folder = pair("llama", kind)
+    model, ids = make("llama"), batch("")["input_ids"]
+    with attach(model, [folder]):
+        with pytest.raises(TypeError, match="positional arguments"):
+            model(ids, *[None] * 30)
+        with pytest.raises(TypeError, match="multiple values"):
+            model(ids, input_ids=ids)

@@ -4,16 +4,15 @@ which reads the result, gives the logits of the adapter."""
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import subprocess
 import sys
 from functools import lru_cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import test_parity as parity
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,19 +31,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 
-
-def _parity() -> ModuleType:
-    """The helpers of test_parity.py, which has the cases and the models."""
-    name = "convert_parity"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "test_parity.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = _parity()
 DATA: Path = parity.DATA
 # What no LoRA carries, and what of the message says why.
 REFUSED = {

@@ -3,14 +3,12 @@ the reader, gives the same logits."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import test_parity as parity
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -30,19 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
 ]
 
-
-def _parity() -> ModuleType:
-    """The helpers of test_parity.py, which has the cases and the models."""
-    name = "write_parity"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / "test_parity.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-parity = _parity()
 DATA: Path = parity.DATA
 CASES = [
     case
