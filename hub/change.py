@@ -39,6 +39,11 @@ NO_CHANGE = {
 }
 
 
+def reason(primitive: Primitive) -> str:
+    """Why it is no change of a weight, as a clause."""
+    return NO_CHANGE.get(type(primitive).__name__, "what it does is no change of a weight")
+
+
 @dataclass(frozen=True, eq=False)
 class Change:
     """factors: B A, float64. rest: further rows [start, stop) of the change, float64, where a part
@@ -94,7 +99,7 @@ def _refuse_others(ground: Ground, name: str, acting: Sequence[Primitive]) -> No
         if not isinstance(
             primitive, LowRank | RowScale | BiasShift | DenseDelta | OutputGain | InputGain
         ):
-            why = NO_CHANGE.get(type(primitive).__name__, "what it does is no change of a weight")
+            why = reason(primitive)
             raise InvalidError(f"{clean(ground.adapter.name)}: at {clean(name)}, {why}")
 
 

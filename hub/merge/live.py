@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapterkit.hub.bases.base import EXPERTS, Base, Module
 from adapterkit.hub.bases.folder import find_base, is_folder, read_base
-from adapterkit.hub.change import NO_CHANGE
+from adapterkit.hub.change import reason
 from adapterkit.hub.compose.lowering import Lowered, lower
 from adapterkit.hub.compose.plan import Weighted
 from adapterkit.hub.compose.spots import owner_of
@@ -250,10 +250,9 @@ def _targets(
 
 def _require_weight(name: str, row: str, primitive: Any) -> None:
     if not isinstance(primitive, Additive | Gain):
-        word = type(primitive).__name__
-        why = NO_CHANGE.get(word, "is no change of a weight")
         where = f" at {clean(row)}," if row else ""
-        raise InvalidError(f"{clean(name)}:{where} {word} {why}", hint="leave it out: activate")
+        why = reason(primitive)
+        raise InvalidError(f"{clean(name)}:{where} {why}", hint="leave it out: activate")
 
 
 def _require_alike(base: Base, updates: Mapping[str, Sequence[Weighted]]) -> None:

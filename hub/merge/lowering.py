@@ -12,7 +12,7 @@ from torch import Tensor
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base, Module
 from adapterkit.hub.bases.spelling import Slot, Spelling, spelled
-from adapterkit.hub.change import NO_CHANGE
+from adapterkit.hub.change import reason
 from adapterkit.hub.compose import experts
 from adapterkit.hub.compose.plan import Weighted
 from adapterkit.hub.findings import clean
@@ -143,10 +143,8 @@ class Lowering:
 def _require_weights(one: Input, row: Module, made: list[Primitive]) -> None:
     for primitive in made:
         if not isinstance(primitive, Additive | Gain):
-            word = type(primitive).__name__
-            why = NO_CHANGE.get(word, "is no change of a weight")
             raise InvalidError(
-                f"{clean(one.name)}: at {clean(row.name)}, {word} {why}",
+                f"{clean(one.name)}: at {clean(row.name)}, {reason(primitive)}",
                 hint="attach it: adapterkit.hub.load(BASE, adapters)",
             )
 
