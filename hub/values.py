@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.hub.adapter import Adapter
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
 # bytes of a value, and the bits of infinity
 BITS = {"F16": (2, 0x7C00), "BF16": (2, 0x7F80), "F32": (4, 0x7F80 << 16), "F64": (8, 0x7FF0 << 48)}
 NUMPY = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-# Values looked at together: bounds the memory whatever a header claims.
+# Values read together: bounds the memory whatever a header claims.
 CHUNK = 1 << 22
+# Bytes looked at together: so few that what is made of them stays in the cache, in memory that is
+# used again. With fresh pages for each half mebibyte it takes four times as long.
+BLOCK = 1 << 16
 
 
 def check_values(adapter: Adapter) -> list[Finding]:
@@ -54,15 +58,24 @@ def _scan(stored: Stored) -> tuple[int, bool]:
 
     width, infinity = BITS[stored.dtype]
     n_bad, nonzero = 0, False
-    for start in range(stored.start, stored.stop, CHUNK * width):
-        size = min(CHUNK * width, stored.stop - start)
-        bits = np.frombuffer(stored.source.read(start, size), f"<u{width}")
+    for bits in _blocks(stored, width):
         magnitudes = bits & ((1 << (8 * width - 1)) - 1)
         if magnitudes.max(initial=0) >= infinity:
             n_bad += int(np.count_nonzero(magnitudes >= infinity))
             magnitudes = magnitudes[magnitudes < infinity]
         nonzero = nonzero or bool(magnitudes.any())
     return n_bad, nonzero
+
+
+def _blocks(stored: Stored, width: int) -> Iterator[NDArray[Any]]:
+    import numpy as np
+
+    for start in range(stored.start, stored.stop, CHUNK * width):
+        size = min(CHUNK * width, stored.stop - start)
+        bits = np.frombuffer(stored.source.read(start, size), f"<u{width}")
+        step = BLOCK // width
+        for first in range(0, len(bits), step):
+            yield bits[first : first + step]
 
 
 def decode(data: bytes, dtype: str) -> NDArray[Any]:

@@ -180,6 +180,25 @@ def test_values_that_are_not_finite_are_refused(registry: Registry, make: Make) 
     assert not stored(registry.home.path)
 
 
+@pytest.mark.parametrize(("dtype", "infinity"), [("F32", "0000807f"), ("BF16", "807f")])
+def test_no_value_of_a_large_tensor_is_passed_over(
+    registry: Registry, make: Make, dtype: str, infinity: str
+) -> None:
+    """It is looked at in pieces, the last of which is a small one."""
+    bad = bytes.fromhex(infinity)
+    n_values = 100_000 + 8
+
+    def edit(tensors: dict[str, Any]) -> None:
+        key = next(k for k in tensors if "lora_A" in k)
+        (rank, _), data = tensors[key][1], bytearray(n_values * 8 * len(bad))
+        for at in (0, 32_767, 65_536, n_values, len(data) // len(bad) - 1):
+            data[at * len(bad) : (at + 1) * len(bad)] = bad
+        tensors[key] = dtype, [rank, n_values * 8 // rank], bytes(data)
+
+    with pytest.raises(DamagedError, match=r"lora_A.* 5 that are NaN or Inf"):
+        ingest.add(registry, make(edit=edit), "sql")
+
+
 def test_an_adapter_without_effect_is_stored_with_a_warning(
     registry: Registry, make: Make
 ) -> None:
