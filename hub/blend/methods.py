@@ -27,11 +27,15 @@ EXACT = {
 SUMS = ("sum", "svd", "average")
 # PEFT's names: on both factors apart, and with _svd on the change itself.
 PEFT = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+# Those of AdapterHub's average_adapter, which are of whole adapters: `mixing.library`.
+ADAPTERS = ("linear", "lora_linear_only_negate_b", "lora_delta_w_svd")
 
 
 def names(dialect: str = "paper") -> tuple[str, ...]:
     """Every method of a dialect."""
     plain = tuple(name for name in ENTRYWISE if name != "linear")
+    if dialect == "adapters":
+        return ADAPTERS
     if dialect == "peft":
         return ("cat", "svd", *PEFT, *(f"{name}_svd" for name in PEFT if name != "linear"))
     return (*EXACT, *plain)

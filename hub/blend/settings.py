@@ -11,7 +11,7 @@ from adapterkit.hub.blend.factors import Factors, Term
 from adapterkit.hub.blend.masks import Draws, Masks
 from adapterkit.registry.errors import InvalidError
 
-Dialect = Literal["paper", "peft", "mergekit"]
+Dialect = Literal["paper", "peft", "mergekit", "adapters"]
 DIALECTS = get_args(Dialect)
 SIGNS = ("total", "frequency")
 

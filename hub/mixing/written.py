@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import EMBEDDING, Base
 from adapterkit.hub.convert import DTYPES, Conversion, biases
 from adapterkit.hub.fields import PlainFields
@@ -68,7 +69,7 @@ def written(
         config["alpha_pattern"] = dict(config["rank_pattern"])
     made = Blend(
         " + ".join(f"{one.weight:g} {one.name}" for one in inputs),
-        peft_write.files(config, parts), _origin(inputs, base, chosen), size, dtype, tuple(rows),
+        peft_write.files(config, parts), origin(inputs, base, chosen), size, dtype, tuple(rows),
         bool(found.magnitudes),
     )  # fmt: skip
     if made.adapter.tensors.keys() != parts.keys():
@@ -83,32 +84,36 @@ def _refuse_biased_dora(inputs: Sequence[Input], found: Found) -> None:
 
 
 def _config(inputs: Sequence[Input], found: Found, size: int) -> dict[str, Any]:
-    from adapterkit.hub.mixing.replaced import fields
-
-    first = inputs[0].adapter
     targets = {one.adapter.targets for one in inputs}
-    kept = replace(first.targets) if len(targets) == 1 else Targets()
-    saved = tuple(sorted({name for one in inputs for name in one.adapter.targets.saved}))
-    common = replace(
-        first,
-        fields=PlainFields(replaced=fields(inputs)),
-        targets=replace(kept, saved=saved),
-        base_name=_same([one.adapter.base_name for one in inputs]),
-        revision=_same([one.adapter.revision for one in inputs]),
-        task=_same([one.adapter.task for one in inputs]),
-        config={} if first.format != "peft" else first.config,
-    )
-    config = peft_write.lora_config(common, size, found.factors, lora_bias=bool(found.shifts))
+    about = common(inputs, inputs[0].adapter.targets if len(targets) == 1 else None)
+    config = peft_write.lora_config(about, size, found.factors, lora_bias=bool(found.shifts))
     return config | ({"use_dora": True} if found.magnitudes else {})
 
 
-def _same(values: Sequence[str | None]) -> str | None:
+def common(inputs: Sequence[Input], kept: Targets | None = None) -> Adapter:
+    """What the config says besides of the kind: on what the inputs agree, and all they replace."""
+    from adapterkit.hub.mixing.replaced import fields
+
+    first = inputs[0].adapter
+    saved = tuple(sorted({name for one in inputs for name in one.adapter.targets.saved}))
+    return replace(
+        first,
+        fields=PlainFields(replaced=fields(inputs)),
+        targets=replace(kept or Targets(), saved=saved),
+        base_name=same([one.adapter.base_name for one in inputs]),
+        revision=same([one.adapter.revision for one in inputs]),
+        task=same([one.adapter.task for one in inputs]),
+        config={} if first.format != "peft" else first.config,
+    )
+
+
+def same(values: Sequence[str | None]) -> str | None:
     """What all that say anything agree on."""
     said = {value for value in values if value}
     return said.pop() if len(said) == 1 else None
 
 
-def _origin(inputs: Sequence[Input], base: Base | None, chosen: Options) -> Origin:
+def origin(inputs: Sequence[Input], base: Base | None, chosen: Options) -> Origin:
     from adapterkit.hub.ingest import touched
 
     recipe: dict[str, Any] = {
