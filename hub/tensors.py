@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -32,6 +32,26 @@ def read_tensor(stored: Stored) -> Tensor:
     if not data:
         return torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
     return torch.frombuffer(data, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+class Unread(Mapping[tuple[str, str], Tensor]):
+    """The tensors of an adapter as `read_finite` has them, each read when it is asked for. Whoever
+    sent them has looked for NaN."""
+
+    def __init__(self, stored: Mapping[tuple[str, str], Stored]) -> None:
+        self._stored = stored
+
+    def __getitem__(self, place: tuple[str, str]) -> Tensor:
+        return read_tensor(self._stored[place]).float()
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __contains__(self, place: object) -> bool:
+        return place in self._stored  # Mapping's own would read it
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -33,6 +33,7 @@ STEPS = {
     "outside": {
         "merge", "mixing", "made", "convert", "exporting", "express", "recipe_versions", "papers",
         "parts", "remotes", "diff", "sync", "ingest", "describe", "arrival", "demo",
+        "parcels", "workers", "cluster",
     },
 }  # fmt: skip
 RANK = {step: rank for rank, step in enumerate(STEPS)}

@@ -99,7 +99,8 @@ class Input:
     def _lowered(self, row: str) -> Iterator[tuple[str, Primitive]]:
         for name in self.sources.get(row, ()):
             site = MergeSite(self.ground.module(name), self.ground)
-            own = {place: t.double() for place, t in self.tensors.items() if place[0] == name}
+            mine = [place for place in self.tensors if place[0] == name]
+            own = {place: self.tensors[place].double() for place in mine}
             yield from targeted_at(site, own)
 
 

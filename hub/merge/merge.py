@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,17 @@ from typing import Any
 from adapterkit.hub.bases.folder import CONFIG
 from adapterkit.hub.bases.weights import INDEX
 from adapterkit.hub.merge import carried
+from adapterkit.hub.merge.far import AnyMaker, maker_of
 from adapterkit.hub.merge.fidelity import Fidelity, MergeReport, guarded
 from adapterkit.hub.merge.given import Adapters
 from adapterkit.hub.merge.jobs import PACK, Job
-from adapterkit.hub.merge.making import Maker
 from adapterkit.hub.merge.options import Options
 from adapterkit.hub.merge.planning import Plan, plan
 from adapterkit.hub.merge.shard import shard_writer
 from adapterkit.hub.merge.stage import Done, Stage, staged
 from adapterkit.hub.reduce import single_thread
 from adapterkit.hub.settings import refined
+from adapterkit.hub.workers import unbroken
 from adapterkit.registry.errors import InvalidError
 from adapterkit.registry.files import Files
 
@@ -36,7 +38,9 @@ class Task:
     file: str
     jobs: Sequence[Job]
 
-    def run(self, folder: Path, progress: Progress | None = None) -> Done:
+    def run(
+        self, folder: Path, progress: Progress | None = None, maker: AnyMaker | None = None
+    ) -> Done:
         """Writes the file into the folder."""
         files, path = Files(), folder / self.file
         output = self.plan.output
@@ -44,7 +48,7 @@ class Task:
         packs = packs or any(job.form == PACK for job in self.jobs)
         specs = (spec for job in self.jobs for spec in output.specs(job))
         rows = []
-        maker = Maker(output, peft=self.plan.options.dialect == "peft")
+        maker = maker or maker_of(self.plan)
         with shard_writer(files, path, specs, packs=packs) as writer:
             for job in self.jobs:
                 rows.append(maker.run(job, writer))
@@ -52,9 +56,8 @@ class Task:
             written = writer.finish()
         return Done(self.file, written, tuple(row for row in rows if row is not None))
 
-    def measured(self, progress: Progress | None = None) -> list[Fidelity]:
+    def measured(self, progress: Progress | None, maker: AnyMaker) -> list[Fidelity]:
         """What writing it would do to the adapters."""
-        maker = Maker(self.plan.output, peft=self.plan.options.dialect == "peft")
         found = []
         for job in self.jobs:
             if self.plan.output.is_touched(job.place):
@@ -75,6 +78,7 @@ def merge(  # noqa: PLR0913
     resume: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
+    executor: Executor | None = None,
     options: Options | None = None,
     **settings: Any,
 ) -> MergeReport:
@@ -83,32 +87,39 @@ def merge(  # noqa: PLR0913
     adapters: references or folders -> weights, negative ones subtract; a list means 1 each.
     base: a model folder, or a Hub id in the local cache. out: a new or empty folder; it appears at
     once, when everything is in it. resume: go on where a merge into `out` was interrupted.
-    dry_run: nothing is written, and the report is the same. settings: the fields of Options.
+    dry_run: nothing is written, and the report is the same. executor: what computes, on this
+    machine or on many; None: this thread. settings: the fields of Options.
     Raises MismatchError with all findings if an adapter does not belong to the base, InvalidError
     for what no weight carries, AdapterError below `min_gain`, ConflictError if `out` is taken.
     """
     chosen = refined(options or Options(), settings)
     if out is None and not dry_run:
         raise InvalidError("there is no folder to merge into", hint="give out=, or dry_run=True")
-    with single_thread():
+    hint = "merge again" if dry_run else "merge again, and go on with what is finished: --resume"
+    with single_thread(), unbroken(hint):
         made = plan(adapters, base, chosen)
         if dry_run or out is None:
-            return _measured(made, progress)
-        return _written(made, Path(out), resume, progress)
+            return _measured(made, progress, executor)
+        return _written(made, Path(out), resume, progress, executor)
 
 
-def _measured(made: Plan, progress: Progress | None) -> MergeReport:
+def _measured(made: Plan, progress: Progress | None, executor: Executor | None) -> MergeReport:
     tasks = [Task(made, file, jobs) for file, jobs in made.shards.items()]
-    rows = [row for task in tasks for row in task.measured(progress)]
+    touched = [j for task in tasks for j in task.jobs if made.output.is_touched(j.place)]
+    maker = maker_of(made, executor, touched, written=False)
+    rows = [row for task in tasks for row in task.measured(progress, maker)]
     return guarded(_report(made, None, rows, 0), made.options.min_gain, stop=False)
 
 
-def _written(made: Plan, out: Path, resume: bool, progress: Progress | None) -> MergeReport:
+def _written(
+    made: Plan, out: Path, resume: bool, progress: Progress | None, executor: Executor | None
+) -> MergeReport:
     tasks = [Task(made, file, jobs) for file, jobs in made.shards.items()]
     with staged(Files(), out, made.identity, resume=resume) as stage:
-        for task in tasks:
-            if task.file not in stage.done:
-                stage.finished(task.run(stage.folder, progress))
+        left = [task for task in tasks if task.file not in stage.done]
+        maker = maker_of(made, executor, [job for task in left for job in task.jobs])
+        for task in left:
+            stage.finished(task.run(stage.folder, progress, maker))
         every = [stage.done[task.file] for task in tasks]
         rows = [row for done in every for row in done.parameters]
         size = sum(done.written.size for done in every)

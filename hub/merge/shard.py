@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
 
@@ -37,6 +37,11 @@ class Spec:
     shape: tuple[int, ...]
     size: int
 
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> Spec:
+        size = tensor.numel() * tensor.element_size()
+        return cls(name, NAMES[tensor.dtype], tuple(tensor.shape), size)
+
 
 @dataclass(frozen=True)
 class Written:
@@ -47,6 +52,16 @@ class Written:
     header: int
     digest: str
     names: tuple[str, ...]
+
+
+class Sink(Protocol):
+    """What takes the tensors of a file, in its order."""
+
+    def add(self, spec: Spec, blocks: Iterable[memoryview]) -> None:
+        """One tensor. spec.size: exact."""
+        ...
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None: ...
 
 
 class ShardWriter:
@@ -63,7 +78,6 @@ class ShardWriter:
         file.seek(8 + reserved)
 
     def add(self, spec: Spec, blocks: Iterable[memoryview]) -> None:
-        """One tensor. spec.size: exact."""
         if self._packs and spec.size % 8:
             self._late.append((spec, b"".join(blocks)))
             return
@@ -72,9 +86,7 @@ class ShardWriter:
             self._put(block)
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        spec = Spec(name, NAMES[tensor.dtype], tuple(tensor.shape), size)
-        self.add(spec, [as_bytes(tensor)])
+        self.add(Spec.of(name, tensor), [as_bytes(tensor)])
 
     def _enter(self, spec: Spec) -> None:
         offsets = [self._end, self._end + spec.size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,13 +28,15 @@ def blend(
     *,
     base: str | Path | Base | None = None,
     registry: Registry | None = None,
+    executor: Executor | None = None,
     options: Options | None = None,
     **settings: Any,
 ) -> Blend:
     """One adapter out of several: sources -> weights, negative ones subtract.
 
     base: needed exactly where an input refers to the base's values (DoRA, gains, replaced parts
-    whose weights do not add up to 1). settings: fields of Options, and of `blend.settings`.
+    whose weights do not add up to 1). executor: what computes, on this machine or on many; None:
+    this thread. settings: fields of Options, and of `blend.settings`.
     The result is a PEFT LoRA with alpha equal to its rank; a DoRA where a sum of DoRAs is exact as
     one. Raises InvalidError for what has no such sum, MismatchError if the inputs do not fit.
     """
@@ -43,7 +46,7 @@ def blend(
     inputs = read_inputs(given, described, chosen.quantization, registry, chosen.allow_fields)
     if chosen.method in LINEAR_METHODS and not chosen.at:
         inputs = joined(inputs)
-    return _blended(inputs, described, chosen)
+    return _blended(inputs, described, chosen, executor)
 
 
 def _options(options: Options | None, settings: Mapping[str, Any]) -> Options:
@@ -75,15 +78,20 @@ def _described(
     return described
 
 
-def _blended(inputs: Sequence[Input], base: Base | None, chosen: Options) -> Blend:
-    from adapterkit.hub.mixing import replaced
+def _blended(
+    inputs: Sequence[Input], base: Base | None, chosen: Options, executor: Executor | None
+) -> Blend:
+    from adapterkit.hub.mixing import far, replaced
     from adapterkit.hub.mixing.run import Mix
     from adapterkit.hub.reduce import single_thread
 
     modules = list(dict.fromkeys(module for one in inputs for module in one.modules))
     _require_types(inputs, modules)
     with single_thread():
-        found = Mix(inputs, chosen).run(modules)
+        if executor is None:
+            found = Mix(inputs, chosen).run(modules)
+        else:
+            found = far.run(inputs, chosen, modules, executor)
         parts = replaced.blended(inputs)
     if not found.factors:
         raise InvalidError(f"{inputs[0].name} adds nothing to a weight: there is nothing to blend")

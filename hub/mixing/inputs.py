@@ -54,13 +54,17 @@ class Input:
         nothing is computed with those before they are put side by side."""
         from adapterkit.hub.tensors import read_finite
 
-        fields = self.adapter.fields
-        plain = self.adapter.kind == "lora" and not fields.dora and not fields.lora_bias
         return {
-            place: tensor if plain and not is_replacing(place[1]) else tensor.double()
+            place: tensor if self.is_plain and not is_replacing(place[1]) else tensor.double()
             for place, tensor in read_finite(self.adapter).items()
             if not place[1].startswith("wrapper.")
         }
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is nothing but factors."""
+        fields = self.adapter.fields
+        return self.adapter.kind == "lora" and not fields.dora and not fields.lora_bias
 
     @cached_property
     def modules(self) -> list[str]:

@@ -50,6 +50,13 @@ class Found:
     shifts: dict[str, Tensor] = field(default_factory=dict)
     magnitudes: dict[str, Tensor] = field(default_factory=dict)
 
+    def add(self, more: Found) -> None:
+        """The modules of another, after these."""
+        self.factors |= more.factors
+        self.rows += more.rows
+        self.shifts |= more.shifts
+        self.magnitudes |= more.magnitudes
+
 
 class Mix:
     """One method at one rank over all modules of some inputs."""
