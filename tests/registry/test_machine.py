@@ -46,8 +46,11 @@ class Name:
 
 
 class Machine(RuleBasedStateMachine):
+    n_steps = n_cases = 0
+
     def __init__(self) -> None:
         super().__init__()
+        Machine.n_cases += 1  # what is seen is compared before its first step too
         self.folder = Path(tempfile.mkdtemp(dir=MEMORY))
         self.registry = Registry(self.folder / "home")
         self.model = {name: Name() for name in ("sql", "team/sql", "tone")}
@@ -159,6 +162,7 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_seen_is_the_model(self) -> None:
+        Machine.n_steps += 1
         seen = {name: self.registry.versions(name) for name in self.model}
         for name, model in self.model.items():
             assert [v.version for v in seen[name]] == model.live
@@ -178,9 +182,11 @@ class Machine(RuleBasedStateMachine):
 @pytest.mark.filterwarnings("ignore:.*was yanked")
 def test_a_registry_is_what_its_model_says(proof):
     Machine.TestCase.settings = settings(
-        max_examples=proof(15, 200),
+        max_examples=proof(15, 350),
         stateful_step_count=proof(25, 50),
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     Machine.TestCase("runTest").runTest()
+    # Hypothesis ends a case before its last step when it likes to.
+    assert Machine.n_steps - Machine.n_cases > proof(100, 10_000)
