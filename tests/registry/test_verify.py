@@ -94,6 +94,36 @@ def test_the_repair_that_is_named_repairs(filled):
     assert not verify(filled).damage
 
 
+@pytest.mark.parametrize("again", ["bytes", "a file"])
+def test_a_damaged_blob_that_is_added_again_is_whole(filled, tmp_path, again):
+    weights = blob(filled, "team/sql", "w.bin")
+    good, source = weights.read_bytes(), tmp_path / "w.bin"
+    source.write_bytes(good)
+    overwrite(weights, good[:-1] + b"!")
+    assert only(verify(filled)).what == "changed"
+    with Registry(filled) as registry:
+        registry.add("other", {"w.bin": good if again == "bytes" else source}, Meaning({}))
+    assert verify(filled).damage == ()
+    assert weights.read_bytes() == good
+
+
+def test_what_is_written_to_files_outside_never_reaches_a_blob(filled, tmp_path):
+    """Not even what root writes, whom no mode stops: what was added and what was exported are
+    files of their own."""
+    source, exported = tmp_path / "w.bin", tmp_path / "out" / "w.bin"
+    source.write_bytes(b"outside")
+    with Registry(filled) as registry:
+        registry.add("outside", {"w.bin": source}, Meaning({}))
+        registry.export("outside", exported.parent)
+    for path in (source, exported):
+        path.chmod(0o644)
+        os.truncate(path, 3)
+        with path.open("r+b") as file:
+            file.write(b"other bytes")
+    assert verify(filled).damage == ()
+    assert blob(filled, "outside", "w.bin").read_bytes() == b"outside"
+
+
 def test_one_version_can_be_verified_alone(filled):
     overwrite(blob(filled, "team/sql", "w.bin"), b"rotten")
     with Registry(filled) as registry:
