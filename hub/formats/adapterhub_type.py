@@ -155,8 +155,25 @@ def by_ending(holder: str, endings: Mapping[str, str]) -> Callable[[Key], Place 
 def split(key: str, name: str) -> Key | None:
     """The parts of a key, None where no holder or another adapter's name is in it."""
     parts = key.split(".")
-    for at, part in enumerate(parts[:-1]):
-        holder = OLD_HOLDERS.get(part, part)
-        if holder in HOLDERS and parts[at + 1] == name:
-            return Key(".".join(parts[:at]), holder, ".".join(parts[at + 2 :]))
-    return None
+    at = _named_at(parts, name)
+    if at is None:
+        return None
+    holder = OLD_HOLDERS.get(parts[at - 1], parts[at - 1])
+    return Key(".".join(parts[: at - 1]), holder, ".".join(parts[at + 1 :]))
+
+
+def renamed(key: str, name: str, other: str) -> str:
+    """The key with another adapter's name in it."""
+    parts = key.split(".")
+    at = _named_at(parts, name)
+    return key if at is None else ".".join([*parts[:at], other, *parts[at + 1 :]])
+
+
+def _named_at(parts: list[str], name: str) -> int | None:
+    """Where the adapter's name is: behind the first holder that has it."""
+    every = (
+        at
+        for at, part in enumerate(parts[:-1], start=1)
+        if OLD_HOLDERS.get(part, part) in HOLDERS and parts[at] == name
+    )
+    return next(every, None)

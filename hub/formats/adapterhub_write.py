@@ -66,7 +66,7 @@ def written(folder: Folder, adapter: Adapter, base: Base | None) -> dict[str, by
         f"{module}.loras.{NAME}.lora_{role}": Part.of(stored)
         for (module, role), stored in adapter.tensors.items()
     }
-    return {CONFIG: _json(config), WEIGHTS[0]: dump(tensors)}
+    return {CONFIG: text(config), WEIGHTS[0]: dump(tensors)}
 
 
 def _again(folder: Folder, adapter: Adapter) -> dict[str, bytes]:
@@ -79,11 +79,11 @@ def _again(folder: Folder, adapter: Adapter) -> dict[str, bytes]:
             tensors = read_weights(folder, path).tensors
             found[heads[role]] = dump({key: Part.of(stored) for key, stored in tensors.items()})
         else:
-            found[path] = _json(read_object(source, path))
+            found[path] = text(read_object(source, path))
     return found
 
 
-def _json(value: Mapping[str, Any]) -> bytes:
+def text(value: Mapping[str, Any]) -> bytes:
     return f"{json.dumps(dict(value), indent=2, sort_keys=True)}\n".encode()
 
 

@@ -19,6 +19,7 @@ from adapterkit.hub.formats.files import (
     rest_of_file,
     without_root,
 )
+from adapterkit.hub.formats.safetensors_write import Part, dump
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.matching import Targets
 from adapterkit.hub.sources import Folder
@@ -30,6 +31,7 @@ HINTS = {
     VALUES: f"{ABSOLUTE}: the new biases (unless said otherwise); {DELTA}: what is added to them",
     TENSORS: "the names of all tensors, as they were when it was added",
 }
+WEIGHTS = "model.safetensors"
 ROOTS = ("model_state_dict.", "state_dict.")
 Places = dict[tuple[str, str], Stored]
 
@@ -85,6 +87,12 @@ def placed(held: Mapping[str, Stored], *, is_delta: bool = False) -> tuple[Place
         else:
             places[module, f"replace.{parameter}"] = stored
     return places, findings
+
+
+def written(parts: Mapping[tuple[str, str], Part]) -> dict[str, bytes]:
+    """Path -> content, of new values under the base's own names."""
+    named = {f"{m}.{role.removeprefix('replace.')}": part for (m, role), part in parts.items()}
+    return {WEIGHTS: dump(named)}
 
 
 def strays(findings: Iterable[Finding]) -> tuple[str, ...]:

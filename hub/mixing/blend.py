@@ -38,15 +38,27 @@ def blend(
     whose weights do not add up to 1). executor: what computes, on this machine or on many; None:
     this thread. settings: fields of Options, and of `blend.settings`.
     The result is a PEFT LoRA with alpha equal to its rank; a DoRA where a sum of DoRAs is exact as
-    one. Raises InvalidError for what has no such sum, MismatchError if the inputs do not fit.
+    one; of like adapters that are no changes of weights, one like them. Raises InvalidError for
+    what has no such sum, MismatchError if the inputs do not fit.
     """
     chosen = _options(options, settings)
     given = pairs(sources)
     described = _described(given, base, registry, chosen)
     inputs = read_inputs(given, described, chosen.quantization, registry, chosen.allow_fields)
+    made = _alike(inputs, described, chosen)
+    if made is not None:
+        return made
     if chosen.method in LINEAR_METHODS and not chosen.at:
         inputs = joined(inputs)
     return _blended(inputs, described, chosen, executor)
+
+
+def _alike(inputs: Sequence[Input], base: Base | None, chosen: Options) -> Blend | None:
+    from adapterkit.hub.mixing.alike import alike
+    from adapterkit.hub.reduce import single_thread
+
+    with single_thread():
+        return alike(inputs, base, chosen)
 
 
 def _options(options: Options | None, settings: Mapping[str, Any]) -> Options:

@@ -17,7 +17,7 @@ from adapterkit.hub.bases.base import Base
 from adapterkit.hub.convert import Options as Reading
 from adapterkit.hub.convert import fitting
 from adapterkit.hub.locate import Source, locate
-from adapterkit.hub.mixing.inputs import Input, read_inputs
+from adapterkit.hub.mixing.inputs import Input, read_inputs, require_weights
 from adapterkit.hub.read import read_adapter
 from adapterkit.registry.errors import ConflictError, InvalidError
 
@@ -86,6 +86,7 @@ def compare(
     described = _described(sources, base, quantization, registry, allow_fields)
     given = [(source, 1.0) for source in sources]
     inputs = read_inputs(given, described, quantization, registry, allow_fields)
+    require_weights(inputs)
     inputs.sort(key=lambda one: one.given)
     names = tuple(one.name for one in inputs)
     if len(set(names)) < len(names):

@@ -18,6 +18,7 @@ from adapterkit.hub.kinds.base import Whole
 from adapterkit.hub.locate import Source, locate
 from adapterkit.hub.offline import Ground, lowered_at, not_weights
 from adapterkit.hub.read import read_adapter
+from adapterkit.hub.rooting import rooted
 from adapterkit.hub.sources import Folder
 from adapterkit.registry.errors import AdapterWarning, InvalidError, MismatchError
 
@@ -114,8 +115,8 @@ def read_inputs(
         folder = locate(source, registry)
         adapter = read_adapter(folder, allow_fields)
         adapter.require_sound()
+        adapter = adapter if base is None else rooted(adapter, base)
         ground = Ground.of(adapter, base, quantization)
-        _require_weights(ground)
         root = _root(folder, adapter)
         found.append(Input(clean(folder.name), float(weight), folder, ground, root, place))
     _require_one_base(found)
@@ -144,15 +145,18 @@ def joined(inputs: Sequence[Input]) -> list[Input]:
     return left
 
 
-def _require_weights(ground: Ground) -> None:
+def require_weights(inputs: Iterable[Input], hint: str | None = None) -> None:
     """Raises InvalidError for an adapter that acts elsewhere than in weights."""
-    adapter = ground.adapter
-    if not isinstance(kind(adapter.kind), Whole):
-        return
-    weights = () if ground.base is None else ground.base.modules
-    elsewhere = [module for module, _ in adapter.tensors if module not in weights]
-    if elsewhere:
-        raise not_weights(adapter, elsewhere[0])
+    for one in inputs:
+        adapter, base = one.adapter, one.ground.base
+        if not isinstance(kind(adapter.kind), Whole):
+            continue
+        weights = () if base is None else base.modules
+        elsewhere = [module for module, _ in adapter.tensors if module not in weights]
+        if elsewhere:
+            error = not_weights(adapter, elsewhere[0])
+            error.hint = hint
+            raise error
 
 
 def _require_one_base(inputs: Sequence[Input]) -> None:

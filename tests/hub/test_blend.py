@@ -248,7 +248,7 @@ def test_changes_without_factors_are_blended_to_a_rank(
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("adapters/llama_prefix1", "no change of a weight equals it"),
+        ("adapters/llama_prefix1", "takes weight 1, or 0"),
         ("cases/bert.oft_cls/adapter", "turns the input"),
         ("cases/mixtral.lora_experts/adapter", "experts"),
     ],

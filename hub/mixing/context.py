@@ -1,0 +1,107 @@
+"""Prompts, or prefixes, one behind the other in the order given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.hub.adapter import Adapter
+from adapterkit.hub.bases.base import Base
+from adapterkit.hub.formats import peft_write
+from adapterkit.hub.formats.peft_write import Place
+from adapterkit.hub.mixing import parameters, replaced
+from adapterkit.hub.mixing.inputs import Input
+from adapterkit.hub.mixing.options import Options
+from adapterkit.hub.mixing.result import KEEP, parts_of, require, result, variant
+from adapterkit.hub.mixing.written import Blend, common
+from adapterkit.registry.errors import InvalidError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METHODS = ("sum", "average")
+# kind -> PEFT's type for it as it is stored there, and the role of its one tensor
+STORED = {"prefix": ("PREFIX_TUNING", "self.prefix"), "prompt": ("PROMPT_TUNING", "rows")}
+# Fields of PEFT's config besides the length: of the base, so that all have to say the same.
+SIZES = ("token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules")
+LENGTH = "num_virtual_tokens"
+
+
+def blended(inputs: Sequence[Input], base: Base | None, chosen: Options) -> Blend:
+    """What the inputs do attached together at weight 1. Raises InvalidError for other weights."""
+    require(inputs, chosen, METHODS)
+    if chosen.method == "average":
+        return parameters.blended(inputs, base, chosen)
+    ordered = sorted(inputs, key=lambda one: one.given)
+    _require_whole(ordered)
+    live = [one for one in ordered if one.weight]
+    if not live:
+        raise InvalidError("nothing is left: all weights are 0")
+    kinds = {one.adapter.kind for one in live}
+    if len(kinds) > 1:
+        raise InvalidError(f"{', '.join(map(variant, live))}: no type of PEFT has both", hint=KEEP)
+    name, role = STORED[kinds.pop()]
+    plain = [_plain(one, base) for one in live]
+    sizes = _sizes(live, plain)
+    tensors: dict[Place, Tensor] = {("", role): _joined(plain, role)}
+    parts = parts_of(tensors | replaced.blended(live), chosen)
+    own = {"peft_type": name, LENGTH: sum(each.fields.length for each in plain), **sizes}
+    about = common(live)
+    task = about.task or next((each.task for each in plain if each.task), None)
+    files = peft_write.files(peft_write.config_of(about, own, (), task), parts)
+    return result(ordered, base, chosen, files, parts)
+
+
+def _require_whole(inputs: Sequence[Input]) -> None:
+    half = [f"{variant(one)}={one.weight:g}" for one in inputs if one.weight not in (0, 1)]
+    if half:
+        raise InvalidError(
+            f"{', '.join(half)}: tokens are attended to or they are not, so that a prompt or a"
+            " prefix takes weight 1, or 0",
+            hint="--method average averages the tensors of like ones",
+        )
+
+
+def _plain(one: Input, base: Base | None) -> Adapter:
+    """As PEFT stores it: rows alone. Raises NeedsBaseError for what other tools wrote."""
+    if one.adapter.format == "peft":
+        return one.adapter
+    from adapterkit.hub.exporting import exported
+
+    try:
+        return exported(one.folder, "peft", base).adapter
+    except InvalidError as error:
+        if error.hint is None:
+            error.hint = KEEP
+        raise
+
+
+def _sizes(inputs: Sequence[Input], plain: Sequence[Adapter]) -> dict[str, Any]:
+    """What the configs say of the base. Raises InvalidError where they contradict each other."""
+    found: dict[str, Any] = {}
+    for one, adapter in zip(inputs, plain, strict=True):
+        for field in SIZES:
+            value = adapter.config.get(field)
+            seen = found.setdefault(field, value)
+            if value is not None and seen not in (None, value):
+                raise InvalidError(
+                    f"{variant(one)}: {field} is {value}, expected {seen} as in the others"
+                )
+            found[field] = value if seen is None else seen
+    return {field: value for field, value in found.items() if value is not None}
+
+
+def _joined(plain: Sequence[Adapter], role: str) -> Tensor:
+    """The rows of all. What was made for an encoder and a decoder has them twice."""
+    import torch
+
+    from adapterkit.hub.tensors import read_finite
+
+    copies = [getattr(each.fields, "stored", each.fields.length) // each.fields.length
+              for each in plain]  # fmt: skip
+    every = [read_finite(each)["", role] for each in plain]
+    widths = {rows.shape[1] for rows in every}
+    if len(widths) > 1 or len(set(copies)) > 1:
+        raise InvalidError(f"the adapters are made for models of different sizes: {widths}")
+    apart = [rows.reshape(n, -1, rows.shape[1]) for rows, n in zip(every, copies, strict=True)]
+    return torch.cat(apart, dim=1).flatten(0, 1)
