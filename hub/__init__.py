@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adapterkit.hub.adapter import Adapter, AdapterInfo
     from adapterkit.hub.check import check, exit_code
-    from adapterkit.hub.compose.attach import Adapters, attach, attached
+    from adapterkit.hub.compose.attach import attach, attached
     from adapterkit.hub.compose.blocks import Average, BatchSplit, Fuse, Parallel, Split, Stack
+    from adapterkit.hub.compose.handle import Adapters
     from adapterkit.hub.convert import Conversion, convert
     from adapterkit.hub.describe import describe
     from adapterkit.hub.diff import Diff, diff
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 PLACES = {
     "Adapter": "adapterkit.hub.adapter",
     "AdapterInfo": "adapterkit.hub.adapter",
-    "Adapters": "adapterkit.hub.compose.attach",
+    "Adapters": "adapterkit.hub.compose.handle",
     "Average": "adapterkit.hub.compose.blocks",
     "BatchSplit": "adapterkit.hub.compose.blocks",
     "Blend": "adapterkit.hub.mixing.written",

@@ -15,7 +15,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from adapterkit.hub.bases.base import METHODS, Base
 from adapterkit.hub.bases.folder import find_base, read_base, tokenizer_digest
 from adapterkit.hub.compose.admit import refined
-from adapterkit.hub.compose.attach import Adapters, attach
+from adapterkit.hub.compose.attach import attach
+from adapterkit.hub.compose.handle import Adapters
 from adapterkit.hub.compose.model import quantization as quantization_of
 from adapterkit.hub.findings import clean
 from adapterkit.hub.gather import Asked, Found, gather, labels, require_fit, vocabulary

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from adapterkit.cli.demo import folded, suggestions, workplace
 from adapterkit.cli.main import main
-from adapterkit.hub.compose.attach import Adapters
+from adapterkit.hub.compose.handle import Adapters
 from adapterkit.hub.demo import claims, corpus, model, story
 from adapterkit.hub.demo.claims import DemoError
 from adapterkit.hub.findings import Report

@@ -37,7 +37,8 @@ class Options:
     dtype: of the factors; None is each module's compute dtype. strict: doubts raise too.
     allow_fields: unknown config fields that change nothing. dialect: "exact" adds the deltas;
     "peft" lets a DoRA rescale what was activated before it, as PEFT does. virtual_outputs: outputs
-    have the positions of virtual tokens in front, as PEFT's have.
+    have the positions of virtual tokens in front, as PEFT's have. slots, max_rank: adapters, and
+    ranks of each, that memory is reserved for.
     """
 
     registry: Registry | None = None
@@ -46,6 +47,8 @@ class Options:
     allow_fields: Collection[str] = ()
     dialect: Dialect = "exact"
     virtual_outputs: bool = False
+    slots: int | None = None
+    max_rank: int | None = None
 
     def __post_init__(self) -> None:
         if self.dialect not in DIALECTS:

@@ -7,8 +7,7 @@ tokens. From then on the cache has them, and every step only sees a longer mask 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +17,16 @@ from transformers import DynamicCache
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import caches, inputs, outputs
 from adapterkit.hub.compose.admit import Options
-from adapterkit.hub.compose.here import Here
+from adapterkit.hub.compose.here import Current, Here
 from adapterkit.hub.compose.inputs import Call
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.possible import require_kept, require_possible
+from adapterkit.hub.compose.rows import Rows as Batch
 from adapterkit.hub.compose.sides import Sides
 from adapterkit.hub.compose.standing import Standing, standing
 from adapterkit.hub.compose.swap import Forward, Swap
 from adapterkit.hub.compose.twostacks import TwoStacks
-from adapterkit.registry.errors import MismatchError
+from adapterkit.registry.errors import InvalidError, MismatchError
 
 CACHE, FLAGS, MASK, POSITIONS = "past_key_values", "block_flag", "attention_mask", "position_ids"
 EMBEDS, LENGTH = "inputs_embeds", "past_key_values_length"
@@ -53,30 +53,32 @@ class Context:
         self._model: Any = model
         self._base = base
         self._keep = options.virtual_outputs
-        self._standing: Standing | None = None
         self._swaps: list[Swap] = []
-        self._sides = Sides(model)
+        self.current: Current[Standing | None] = Current(None)
+        self._sides = Sides(model, self.current)
         self._here = Running()
 
     def plan(
         self, active: Mapping[str, float], lowered: Mapping[str, Lowered]
-    ) -> Callable[[], None]:
+    ) -> Standing | None:
         found = standing(self._model, self._base, active, lowered)
         if found is not None:
             require_possible(self._model, self._body, found)
             if not self._swaps:
                 self._install()
-        return partial(self._switch, found)
+            self._sides.install(found)
+        return found
+
+    def route(self, states: Sequence[Standing | None], rows: Batch) -> Standing | None:
+        if any(state is not None for state in states):
+            raise InvalidError("prefixes and virtual tokens are not routed by rows")
+        return None
 
     def remove(self) -> None:
-        self._switch(None)
+        self._sides.remove()
         for swap in reversed(self._swaps):
             swap.remove()
         self._swaps.clear()
-
-    def _switch(self, found: Standing | None) -> None:
-        self._standing = found
-        self._sides.switch(found)
 
     @property
     def _body(self) -> Any:
@@ -105,12 +107,12 @@ class Context:
 
     def _active(self) -> Standing | None:
         self._here.entered = True
-        return self._standing
+        return self.current.now
 
     def _run_model(self, original: Forward, call: Call) -> Any:
         """The whole model: what only it knows of the call."""
         self._here.flags, self._here.entered = call.pop(FLAGS, None), False
-        found = self._standing
+        found = self.current.now
         # a loss counts the first real token, which only the last virtual position foretells
         rows = [] if found is None or self._whole or self._is_pair else _inserted(found)
         if self._keep:
@@ -233,7 +235,7 @@ class Context:
 
     def _run_block(self, original: Forward, call: Call) -> Any:
         """The embedding block: positions count prefixes that shift; rows follow what it gives."""
-        found = self._standing
+        found = self.current.now
         if found is None:
             return original(**call)
         if call.get(LENGTH):

@@ -6,7 +6,8 @@ repeating them at the first place that needs it does (there the library repeats 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from torch.utils.hooks import RemovableHandle
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import BatchSplit, Block, Setup, channels
+from adapterkit.hub.compose.here import Current
 from adapterkit.hub.compose.lowering import Lowered
+from adapterkit.hub.compose.rows import Rows
 from adapterkit.registry.errors import InvalidError
 
 # Arguments with a row for each of the batch, and one that has none.
@@ -23,26 +26,38 @@ INPUTS = ("input_ids", "inputs_embeds", "decoder_input_ids")
 WHOLE = ("cache_position",)
 
 
+@dataclass(frozen=True)
+class State:
+    """copies: of the batch; sizes: of the batch, as each outermost BatchSplit wants it."""
+
+    copies: int = 1
+    sizes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        return self.copies == 1 and not self.sizes
+
+
+PLAIN = State()
+
+
 class Entry:
     def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
         self._model = model
         self._handle: RemovableHandle | None = None
-        self._copies = 1
-        self._sizes: tuple[tuple[int, ...], ...] = ()
+        self.current: Current[State] = Current(PLAIN)
 
-    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> Callable[[], None]:
+    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> State:
         block = active.block if active.is_composed else None
-        copies = channels(block) if block else 1
-        sizes = _outermost(block) if block else ()
-        return lambda: self._switch(copies, sizes)
+        if block is None:
+            return PLAIN
+        state = State(channels(block), _outermost(block))
+        if not state.is_plain and self._handle is None:
+            self._handle = self._model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        return state
 
-    def _switch(self, copies: int, sizes: tuple[tuple[int, ...], ...]) -> None:
-        self._copies, self._sizes = copies, sizes
-        if copies > 1 or sizes:
-            if self._handle is None:
-                self._handle = self._model.register_forward_pre_hook(self._enter, with_kwargs=True)
-        else:
-            self.remove()
+    def route(self, states: Sequence[State], rows: Rows) -> State:
+        return PLAIN
 
     def remove(self) -> None:
         if self._handle is not None:
@@ -52,11 +67,12 @@ class Entry:
     def _enter(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        state = self.current.now
         rows = _rows(args, kwargs)
-        for sizes in self._sizes:
+        for sizes in state.sizes:
             if sum(sizes) != rows:
                 raise InvalidError(f"batch_sizes {list(sizes)} are {sum(sizes)} rows, found {rows}")
-        if self._copies == 1:
+        if state.copies == 1:
             return args, kwargs
         if kwargs.get("past_key_values") is not None:
             raise InvalidError(
@@ -64,15 +80,16 @@ class Entry:
                 hint="repeat the batch yourself and use BatchSplit",
             )
         copied = {
-            name: value if name in WHOLE else self._repeated(value, rows)
+            name: value if name in WHOLE else _repeated(value, rows, state.copies)
             for name, value in kwargs.items()
         }
-        return tuple(self._repeated(value, rows) for value in args), copied
+        return tuple(_repeated(value, rows, state.copies) for value in args), copied
 
-    def _repeated(self, value: Any, rows: int) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
-            return value
-        return value.repeat(self._copies, *[1] * (value.ndim - 1))
+
+def _repeated(value: Any, rows: int, copies: int) -> Any:
+    if not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
+        return value
+    return value.repeat(copies, *[1] * (value.ndim - 1))
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

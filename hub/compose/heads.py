@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
@@ -14,11 +16,25 @@ from transformers.activations import ACT2FN
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Setup
+from adapterkit.hub.compose.here import Current
 from adapterkit.hub.compose.interventions import require_stacked
 from adapterkit.hub.compose.lowering import Lowered
+from adapterkit.hub.compose.rows import Rows
 from adapterkit.hub.findings import clean
 from adapterkit.hub.primitives import FirstToken, Head
 from adapterkit.registry.errors import InvalidError
+
+Own = Head | FirstToken
+# module -> what stands in for its output
+State = Mapping[str, Own]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One state for each mix of the rows."""
+
+    states: Sequence[State]
+    rows: Rows
 
 
 class Heads:
@@ -26,29 +42,50 @@ class Heads:
 
     def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
         self._modules = dict(model.named_modules())
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[str, RemovableHandle] = {}
+        self.current: Current[State | Routed] = Current({})
 
-    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> Callable[[], None]:
-        found: dict[str, tuple[str, Head | FirstToken]] = {}
+    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> State:
+        found: dict[str, Own] = {}
         for name, weight in active.items():
             for module, made in lowered[name].updates.items():
                 for primitive in made:
-                    if isinstance(primitive, Head | FirstToken):
+                    if isinstance(primitive, Own):
                         require_stacked(active, name, "brings a head of its own")
                         _require_alone(active, lowered, (name, weight), module)
-                        found[module] = name, primitive
-        return lambda: self._switch({module: made for module, (_, made) in found.items()})
+                        found[module] = primitive
+        for module in found.keys() - self._handles.keys():
+            hook = partial(self._instead, module)
+            self._handles[module] = self._modules[module].register_forward_hook(hook)
+        return found
 
-    def _switch(self, found: Mapping[str, Head | FirstToken]) -> None:
-        self.remove()
-        for module, primitive in found.items():
-            hook = partial(_instead, primitive)
-            self._handles.append(self._modules[module].register_forward_hook(hook))
+    def route(self, states: Sequence[State], rows: Rows) -> Routed | State:
+        return Routed(states, rows) if any(states) else {}
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+
+    def _instead(self, path: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        state = self.current.now
+        if not isinstance(state, Routed):
+            return _made(state[path], args[0]) if path in state else None
+        if not any(path in each for each in state.states):
+            return None
+        layout = state.rows.within(args[0].shape, path)
+        parts = [
+            (index, _made(state.states[mix][path], args[0][index]))
+            if path in state.states[mix]
+            else (index, output[index])
+            for mix, index in state.rows.members(layout, args[0].device)
+        ]
+        sizes = {tuple(part.shape[1:]) for _, part in parts}
+        if len(sizes) > 1:
+            shown = " and ".join(map(str, sorted(sizes)))
+            raise InvalidError(f"{path} gives rows of {shown}: heads of one batch have one size")
+        index = torch.cat([index for index, _ in parts])
+        return torch.cat([part for _, part in parts])[index.argsort()]
 
 
 def _require_alone(
@@ -70,10 +107,8 @@ def _acts_in(module: str, lowered: Lowered) -> bool:
     return any(f"{path}.".startswith(f"{module}.") for path in lowered.updates)
 
 
-def _instead(
-    primitive: Head | FirstToken, module: nn.Module, args: tuple[Any, ...], output: Any
-) -> Tensor:
-    x: Tensor = args[0]
+def _made(primitive: Own, given: Tensor) -> Tensor:
+    x = given
     if isinstance(primitive, FirstToken):
         return x[:, 0]
     x = x[:, 0] if primitive.first else x
@@ -82,4 +117,4 @@ def _instead(
         x = functional.linear(x.to(weight.dtype), weight, bias)
         if number < last and primitive.act is not None:
             x = ACT2FN[primitive.act](x)
-    return x.to(args[0].dtype)
+    return x.to(given.dtype)

@@ -8,7 +8,8 @@ the input that started it, and are not looked for again.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,25 @@ from transformers.activations import ACT2FN
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Setup, Stack
-from adapterkit.hub.compose.here import Here
+from adapterkit.hub.compose.here import Current, Here
 from adapterkit.hub.compose.lowering import Lowered
+from adapterkit.hub.compose.rows import Rows
 from adapterkit.hub.findings import clean
 from adapterkit.hub.primitives import Intervention
 from adapterkit.registry.errors import InvalidError
 
 # The interventions of one adapter on one layer, and its weight.
 Group = tuple[float, tuple[Intervention, ...]]
+# layer -> what acts on it
+State = Mapping[str, Sequence[Group]]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """One state for each mix of the rows."""
+
+    states: Sequence[State]
+    rows: Rows
 
 
 class Interventions:
@@ -38,11 +50,11 @@ class Interventions:
         self._modules = dict(model.named_modules())
         self._body: Any = getattr(model, "base_model", model)
         self._names = list(inspect.signature(self._body.forward).parameters)
-        self._active: dict[str, list[Group]] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: dict[str, RemovableHandle] = {}
         self._here = Here()
+        self.current: Current[State | Routed] = Current({})
 
-    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> Callable[[], None]:
+    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> State:
         found: dict[str, list[Group]] = {}
         for name, weight in active.items():
             for layer, made in lowered[name].updates.items():
@@ -50,24 +62,28 @@ class Interventions:
                 if mine:
                     found.setdefault(layer, []).append((weight, mine))
                     require_stacked(active, name, "is a ReFT")
-        return lambda: self._switch(found)
+        self._install(found)
+        return found
+
+    def route(self, states: Sequence[State], rows: Rows) -> Routed | State:
+        return Routed(states, rows) if any(states) else {}
 
     def remove(self) -> None:
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
 
-    def _switch(self, found: dict[str, list[Group]]) -> None:
-        self.remove()
-        self._active = found
-        if found:
+    def _install(self, found: State) -> None:
+        if found and "" not in self._handles:
             before = self._body.register_forward_pre_hook(self._enter, with_kwargs=True)
-            self._handles.append(before)
-        for layer, groups in found.items():
-            hook = partial(self._after, groups)
-            self._handles.append(self._modules[layer].register_forward_hook(hook))
+            self._handles[""] = before
+        for layer in found.keys() - self._handles.keys():
+            hook = partial(self._after, layer)
+            self._handles[layer] = self._modules[layer].register_forward_hook(hook)
 
     def _enter(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.current.now:
+            return
         given = dict(zip(self._names, args, strict=False)) | kwargs
         mask = given.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
@@ -78,14 +94,27 @@ class Interventions:
         cache = given.get("past_key_values")
         self._here.mask, self._here.seen = mask, cache.get_seq_length() if cache is not None else 0
 
-    def _after(
-        self, groups: list[Group], module: nn.Module, args: tuple[Any, ...], output: Any
-    ) -> Any:
+    def _after(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        state = self.current.now
         h = output[0] if isinstance(output, tuple) else output
-        numbers = self._numbers(h)
-        for weight, mine in groups:
-            h = _intervened(h, mine, numbers, weight)
+        if isinstance(state, Routed):
+            h = self._by_rows(layer, state, h)
+        elif layer in state:
+            h = _all(h, state[layer], self._numbers(h))
+        else:
+            return None
         return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    def _by_rows(self, layer: str, state: Routed, h: Tensor) -> Tensor:
+        groups = [each.get(layer, ()) for each in state.states]
+        if not any(groups):
+            return h
+        start, end = self._numbers(h)
+        changed = h.clone()
+        layout = state.rows.within(h.shape, layer)
+        for mix, index in state.rows.members(layout, h.device):
+            changed[index] = _all(h[index], groups[mix], (start[index], end[index]))
+        return changed
 
     def _numbers(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Of every token of h (batch, tokens): how many real ones stand before it, and behind it.
@@ -103,6 +132,12 @@ class Interventions:
         start = before.masked_fill(none, -1)[:, -length:]
         end = (total - 1 - before).masked_fill(none, -1)[:, -length:]
         return start, end if seen == 0 else end.fill_(-1)
+
+
+def _all(h: Tensor, groups: Sequence[Group], numbers: tuple[Tensor, Tensor]) -> Tensor:
+    for weight, mine in groups:
+        h = _intervened(h, mine, numbers, weight)
+    return h
 
 
 def _intervened(

@@ -4,38 +4,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from adapterkit.hub.compose import experts, gains, replacing
+from adapterkit.hub.compose.here import Current
 from adapterkit.hub.compose.plan import Plan, Replacement, Sums, Weighted, added, fold, split
 from adapterkit.hub.compose.products import is_product
-from adapterkit.hub.compose.weave import ByRows
 from adapterkit.hub.quant import format_of
+
+PENDING: Any = object()
+
+
+class Runner(Protocol):
+    """What runs on one module while something is active."""
+
+    def run(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        """The module's output; original: the forward it has without adapters."""
+        ...
 
 
 class Patch:
     """Swaps `module.forward` for one that adds what is active; `remove` puts it back."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, path: str, module: nn.Module, current: Current[Any]) -> None:
+        self.path, self.module, self._current = path, module, current
         self.original = module.forward
-        self.plan: Plan | ByRows | None = None
         self._had_own = "forward" in vars(module)  # accelerate's wrapper, for one
         # the classes of quantized layers hold no dense weight: theirs is multiplied directly
         self._twin = None if replacing.is_quantized(module) else replacing.shadow(module)
         setattr(module, "forward", self.forward)  # noqa: B010 (a method cannot be assigned to)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        plan = self.plan
-        if plan is None:
+        state = self._current.now
+        if state is None:
             return self.original(*args, **kwargs)
-        return plan.run(self.module, self.original, args, kwargs)
+        runner = state.ready.get(self.path, PENDING)
+        if runner is PENDING:
+            runner = state.make(self)
+        if runner is None:
+            return self.original(*args, **kwargs)
+        return runner.run(self.module, self.original, args, kwargs)
 
     def remove(self) -> None:
-        self.plan = None
         if vars(self.module).get("forward") != self.forward:
             return  # somebody wrapped it since: theirs stays, and ours adds nothing any more
         if self._had_own:
@@ -46,7 +59,7 @@ class Patch:
     def fold(
         self, updates: Sequence[Weighted], *, sequential: bool, sum_gains: bool = False
     ) -> Plan | None:
-        """The plan for the updates of all active adapters, to be set as `plan`; None: the base."""
+        """The plan for the updates of all active adapters, None: the base."""
         if not updates:
             return None
         summed, replacements, outside = split(updates)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adapterkit.hub.compose import gated
+from adapterkit.hub.compose.bank import Banked, covering
 from adapterkit.hub.compose.gains import Gains
 from adapterkit.hub.compose.gated import Gated
 from adapterkit.hub.compose.products import along, dense, embed_scale, low_rank
@@ -109,6 +110,8 @@ def _stack(
     """(A, gate, B, o) of all factors side by side; one adapter alone is used where it lies."""
     if not factors:
         return None, None, None, None
+    if (window := _neighbours(factors)) is not None:
+        return window
     gates = [_gate(weight, low) for weight, low, _ in factors]
     if len(factors) == 1:
         _, low, extra = factors[0]
@@ -122,8 +125,32 @@ def _stack(
     return a, torch.cat(gates, dim=-1), torch.cat(bs, dim=-1), None
 
 
+def _neighbours(
+    factors: list[tuple[float, LowRank, Tensor | None]],
+) -> tuple[Tensor, Tensor, Tensor, None] | None:
+    """Factors that lie beside each other in a bank, where they lie."""
+    lows = [low for _, low, extra in factors if isinstance(low, Banked) and extra is None]
+    if len(lows) < max(len(factors), 2) or (window := covering(lows)) is None:
+        return None
+    start, stop = window
+    first = lows[0]
+    gate = torch.zeros(stop - start, device=first.A.device)
+    for (weight, _, _), low in zip(factors, lows, strict=True):
+        gate[low.start - start : low.stop - start] += weight * low.scale
+    a, b = (_window(view, first.start, window) for view in (first.A, first.B.mT))
+    return a, gate, b.mT, None
+
+
+def _window(view: Tensor, row: int, window: tuple[int, int]) -> Tensor:
+    """Other rows of the matrix that `view` shows from `row` on."""
+    width, (start, stop) = view.shape[1], window
+    offset = view.storage_offset() + (start - row) * width
+    return view.as_strided((stop - start, width), (width, 1), offset)
+
+
 def _gate(weight: float, low: LowRank) -> Tensor:
-    gate = low.A.new_full((low.A.shape[-2],), weight * low.scale)
+    """float32: a scale is never rounded."""
+    gate = torch.full(low.A.shape[-2:-1], weight * low.scale, device=low.A.device)
     return gate if low.rank_scale is None else gate * low.rank_scale.to(gate.dtype)
 
 
@@ -164,6 +191,24 @@ class Plan:
     gains: Gains = Gains()
 
     @property
+    def is_light(self) -> bool:
+        """Whether it is nothing but factors and vectors."""
+        sums, steps = self.sums, self.gains.steps
+        whole = (sums.o, sums.D, sums.gated, self.rows, self.shadow, self.dense)
+        return all(each is None for each in whole) and (
+            not steps or (len(steps) == 1 and steps[0].ndim == 1)
+        )
+
+    @property
+    def runner(self) -> Plan | Factors:
+        """What does the same in the least time."""
+        sums = self.sums
+        only = not any(held is not None for name, held in vars(sums).items() if name not in FACTORS)
+        if sums.A is None or sums.B is None or not (only and self.is_light and self.gains.is_empty):
+            return self
+        return Factors(sums.A, sums.gate, sums.B) if sums.A.ndim == 2 else self
+
+    @property
     def _is_whole(self) -> bool:
         """Whether nothing is added to what the shadow computes."""
         return self.sums.is_empty and self.rows is None and self.gains.is_empty
@@ -176,7 +221,7 @@ class Plan:
         x = args[0] if args else next(iter(kwargs.values()))
         if self.gains.steps:
             x = self.gains.enter(x)
-            args, kwargs = ((x, *args[1:]), kwargs) if args else ((), _first(kwargs, x))
+            args, kwargs = ((x, *args[1:]), kwargs) if args else ((), with_first(kwargs, x))
         if self.shadow is not None:
             y = self.shadow(*args, **kwargs)
         elif self.dense is not None:
@@ -193,7 +238,25 @@ class Plan:
         return self.gains.leave(y).to(dtype)  # rounded once
 
 
-def _first(kwargs: dict[str, Any], x: Tensor) -> dict[str, Any]:
+FACTORS = ("A", "gate", "B")
+
+
+@dataclass(frozen=True)
+class Factors:
+    """Low-rank factors and nothing else: what most adapters are, without a question asked."""
+
+    A: Tensor
+    gate: Tensor | None
+    B: Tensor
+
+    def run(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()))
+        y: Tensor = original(*args, **kwargs)
+        total = y + low_rank(module, x, self.A, self.gate, self.B)
+        return total if total.dtype == y.dtype else total.to(y.dtype)
+
+
+def with_first(kwargs: dict[str, Any], x: Tensor) -> dict[str, Any]:
     """The keyword arguments with x for the first of them, the input."""
     return {**kwargs, next(iter(kwargs)): x}
 

@@ -28,8 +28,11 @@ def is_product(module: nn.Module) -> bool:
 
 def low_rank(module: nn.Module, x: Tensor, a: Tensor, gate: Tensor | None, b: Tensor) -> Tensor:
     """expand(project(x, A) gate, B), shaped like the module's output."""
+    if type(module) is nn.Linear:  # most are: no more questions
+        z = functional.linear(x.to(a.dtype), a)
+        return functional.linear(z if gate is None else z.mul_(gate), b)
     z = project(module, x, a)
-    return expand(module, z if gate is None else z * along(module, gate), b)
+    return expand(module, z if gate is None else z.mul_(along(module, gate)), b)
 
 
 def project(module: nn.Module, x: Tensor, a: Tensor) -> Tensor:

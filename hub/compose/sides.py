@@ -12,6 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from adapterkit.hub.compose import caches
 from adapterkit.hub.compose.gates import run_gated, write
+from adapterkit.hub.compose.here import Current
 from adapterkit.hub.compose.inputs import Call
 from adapterkit.hub.compose.standing import Side, Standing
 from adapterkit.hub.compose.swap import Forward, Swap
@@ -26,38 +27,49 @@ def has_bias(module: nn.Module) -> bool:
 
 
 class Sides:
-    """Their swapped forwards, exchanged with each activation."""
+    """Their swapped forwards, each doing what is active for it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._swaps: list[Swap] = []
+    def __init__(self, model: nn.Module, current: Current[Standing | None]) -> None:
+        self._model, self._current = model, current
+        self._swaps: dict[tuple[str, str], Swap] = {}
 
-    def switch(self, found: Standing | None) -> None:
-        for swap in reversed(self._swaps):
+    def install(self, found: Standing) -> None:
+        """Swaps what takes part in it, if it is not swapped yet."""
+        for path in (*found.gates, *found.sides):
+            self._swap(path, self._run_attention, "forward")
+        for path in (*found.layers, *found.sides):
+            if has_bias(self._model.get_submodule(path)):
+                self._swap(path, self._run_bias, BIAS)
+
+    def remove(self) -> None:
+        for swap in reversed(self._swaps.values()):
             swap.remove()
-        self._swaps = []
-        if found is None:
-            return
-        for path, gates in found.gates.items():
-            self._swap(path, partial(run_gated, gates, found.layers[path]))
-        for path in found.layers:
-            self._bias(path, found.n_keys - found.n_shifting)
-        for path, side in found.sides.items():
-            self._swap(path, partial(_run_side, side))
-            self._bias(path, side.n)
+        self._swaps.clear()
 
-    def _swap(self, path: str, run: Any, name: str = "forward") -> None:
-        self._swaps.append(Swap(self._model.get_submodule(path), run, name=name))
+    def _swap(self, path: str, run: Any, name: str) -> None:
+        if (path, name) not in self._swaps:
+            module = self._model.get_submodule(path)
+            self._swaps[path, name] = Swap(module, partial(run, path), name=name)
 
-    def _bias(self, path: str, n: int) -> None:
+    def _run_attention(self, path: str, original: Forward, call: Call) -> Any:
+        found = self._current.now
+        if found is not None and path in found.gates:
+            return run_gated(found.gates[path], found.layers[path], original, call)
+        if found is not None and path in found.sides:
+            return _run_side(found.sides[path], original, call)
+        return original(**call)
+
+    def _run_bias(self, path: str, original: Forward, call: Call) -> Any:
         """The library counts n keys that stand in front as positions, and no query behind them."""
-        if n and has_bias(self._model.get_submodule(path)):
-            self._swap(path, partial(_run_bias, n), BIAS)
-
-
-def _run_bias(n: int, original: Forward, call: Call) -> Any:
-    call[SEEN] = call.get(SEEN, 0) - n
-    return original(**call)
+        found = self._current.now
+        n = 0
+        if found is not None and path in found.layers:
+            n = found.n_keys - found.n_shifting
+        elif found is not None and path in found.sides:
+            n = found.sides[path].n
+        if n:
+            call[SEEN] = call.get(SEEN, 0) - n
+        return original(**call)
 
 
 def _run_side(side: Side, original: Forward, call: Call) -> Any:

@@ -1,81 +1,212 @@
-"""Additive updates and gains: what acts on single modules that have a weight."""
+"""Additive updates and gains: what acts on single modules that have a weight.
+
+What is active is a state: for each module, what runs there. Adapters that only have low-rank
+factors need nothing made at activation, so that switching is an assignment; a module's part of the
+state is made when the first forward asks for it. For anything else it is made at activation, which
+raises.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import nn
 
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
+from adapterkit.hub.compose.bank import Bank, Banked, is_bankable
 from adapterkit.hub.compose.blocks import Setup
+from adapterkit.hub.compose.here import Current
 from adapterkit.hub.compose.lowering import Lowered
-from adapterkit.hub.compose.patch import Patch
+from adapterkit.hub.compose.patch import Patch, Runner
 from adapterkit.hub.compose.plan import Plan, Weighted
+from adapterkit.hub.compose.products import is_product
+from adapterkit.hub.compose.routes import Routes
+from adapterkit.hub.compose.rows import Rows
 from adapterkit.hub.compose.spots import owner_of
 from adapterkit.hub.compose.weave import ByRows, Part, parts_of, whole_of
-from adapterkit.hub.primitives import Additive, Gain, GatedLowRank
+from adapterkit.hub.primitives import Additive, Gain, GatedLowRank, LowRank, Primitive
 
 HERE = Additive | Gain | GatedLowRank
+# parameter of a module, "" for its weight -> what acts on it
+ByParameter = Mapping[str, tuple[Primitive, ...]]
 
 
-class Updates:
-    """Swapped forwards of the modules that anything was ever active on."""
+class State(Protocol):
+    """ready: module -> what runs there, None for the base; made where it is missing."""
 
-    def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
-        self._modules = dict(model.named_modules())
-        self._sequential = options.dialect == "peft"
-        self._patches: dict[str, Patch] = {}
+    ready: dict[str, Runner | None]
 
-    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> Callable[[], None]:
-        own: dict[str, dict[str, list[Weighted]]] = {}
-        for name, weight in active.items():
-            for row, primitives in lowered[name].updates.items():
-                mine = [Weighted(weight, p) for p in primitives if isinstance(p, HERE)]
-                if mine:
-                    own.setdefault(row, {})[name] = mine
-        updates: dict[str, dict[str, list[Part]]] = {}
-        for row, by_name in own.items():
-            module, parameter = owner_of(self._modules, row)
-            updates.setdefault(module, {})[parameter] = parts_of(active, by_name)
-        for module in updates.keys() - self._patches.keys():
-            self._patches[module] = Patch(self._modules[module])
-        sum_gains = self._sequential and _has_weighted_gains(own.values())
-        plans = {
-            module: self._fold(patch, updates.get(module, {}), sum_gains)
-            for module, patch in self._patches.items()
+    def make(self, patch: Patch) -> Runner | None: ...
+
+
+@dataclass(frozen=True)
+class Own:
+    """One adapter's updates by module. odd: modules where they are more than factors in a bank."""
+
+    modules: Mapping[str, ByParameter]
+    odd: frozenset[str]
+    has_gains: bool
+
+    @classmethod
+    def of(cls, lowered: Lowered, modules: Mapping[str, nn.Module]) -> Own:
+        found: dict[str, dict[str, tuple[Primitive, ...]]] = {}
+        for row, primitives in lowered.updates.items():
+            mine = tuple(p for p in primitives if isinstance(p, HERE))
+            if mine:
+                module, parameter = owner_of(modules, row)
+                found.setdefault(module, {})[parameter] = mine
+        odd = {
+            module
+            for module, made in found.items()
+            if made.keys() != {""} or not all(isinstance(p, Banked) for p in made[""])
         }
-        return lambda: self._switch(plans)
+        every = (p for made in found.values() for mine in made.values() for p in mine)
+        return cls(found, frozenset(odd), any(isinstance(p, Gain) for p in every))
 
-    def _fold(
-        self, patch: Patch, updates: Mapping[str, Sequence[Part]], sum_gains: bool
-    ) -> Plan | ByRows | None:
+
+@dataclass(eq=False)
+class Active:
+    """What is active, and what of it was made ready."""
+
+    setup: Setup
+    own: Mapping[str, Own]
+    sequential: bool
+    ready: dict[str, Runner | None] = field(default_factory=dict)
+
+    def make(self, patch: Patch) -> Runner | None:
+        found = self.folded(patch)
+        runner = self.ready[patch.path] = found.runner if isinstance(found, Plan) else found
+        return runner
+
+    def is_odd(self, path: str) -> bool:
+        return any(path in own.odd for own in self.own.values())
+
+    def updates(self, path: str) -> list[Weighted]:
+        """All that acts on the weight of a module."""
+        own = ((w, self.own[n].modules.get(path, {}).get("", ())) for n, w in self.setup.items())
+        return [Weighted(weight, primitive) for weight, made in own for primitive in made]
+
+    def _by_parameter(self, path: str) -> dict[str, list[Part]]:
+        found: dict[str, dict[str, list[Weighted]]] = {}
+        for name, weight in self.setup.items():
+            for parameter, made in self.own[name].modules.get(path, {}).items():
+                found.setdefault(parameter, {})[name] = [Weighted(weight, p) for p in made]
+        return {parameter: parts_of(self.setup, own) for parameter, own in found.items()}
+
+    @property
+    def _sums_gains(self) -> bool:
+        """PEFT multiplies the gains it activates, and sums those it gives weights."""
+        weighted = (n for n, weight in self.setup.items() if weight != 1)
+        return self.sequential and any(self.own[name].has_gains for name in weighted)
+
+    def folded(self, patch: Patch) -> Plan | ByRows | None:
+        """All that is active on a module, as a whole."""
+        updates = self._by_parameter(patch.path)
         if updates.keys() - {""}:
             whole = {parameter: whole_of(parts) for parameter, parts in updates.items()}
-            return patch.fold_parameters(whole, self._sequential)
-        plans = [
-            (part.share, patch.fold(part.updates, sequential=self._sequential, sum_gains=sum_gains))
-            for part in updates.get("", ())
-        ]
+            return patch.fold_parameters(whole, self.sequential)
+        rule = {"sequential": self.sequential, "sum_gains": self._sums_gains}
+        plans = [(part.share, patch.fold(part.updates, **rule)) for part in updates.get("", ())]
         if len(plans) < 2:
             return plans[0][1] if plans else None
         return ByRows(tuple(plans))
 
-    def _switch(self, plans: Mapping[str, Plan | ByRows | None]) -> None:
-        for module, plan in plans.items():
-            self._patches[module].plan = plan
+
+class Updates:
+    """Swapped forwards of the modules that any adapter has an update for, and their banks."""
+
+    def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
+        self._modules = dict(model.named_modules())
+        self._sequential = options.dialect == "peft"
+        self._rows = (options.slots or 1) * (options.max_rank or 0)
+        self._patches: dict[str, Patch] = {}
+        self._banks: dict[str, Bank] = {}
+        self._own: dict[int, tuple[Lowered, Own]] = {}
+        self.current: Current[State | None] = Current(None)
+
+    def keep(self, lowered: Lowered) -> tuple[Lowered, bool]:
+        """The same with its factors in the banks. (it, whether those of others were moved)"""
+        moved = False
+        updates: dict[str, tuple[Primitive, ...]] = {}
+        for row, primitives in lowered.updates.items():
+            made: list[Primitive] = []
+            for primitive in primitives:
+                if isinstance(primitive, LowRank) and self._is_banked(row, primitive):
+                    primitive, grew = self._bank(row, primitive).put(primitive)
+                    moved |= grew
+                made.append(primitive)
+            updates[row] = tuple(made)
+        return replace(lowered, updates=updates), moved
+
+    def moved(self, lowered: Lowered) -> Lowered:
+        """The same, looking at where its factors lie now."""
+        return replace(
+            lowered,
+            updates={
+                row: tuple(
+                    self._banks[row].at(p, p.start) if isinstance(p, Banked) else p for p in made
+                )
+                for row, made in lowered.updates.items()
+            },
+        )
+
+    def forget(self, lowered: Lowered) -> None:
+        self._own.pop(id(lowered), None)
+
+    def free(self, lowered: Lowered) -> None:
+        """Its place in the banks is for others."""
+        self.forget(lowered)
+        for row, made in lowered.updates.items():
+            for primitive in made:
+                if isinstance(primitive, Banked):
+                    self._banks[row].free(primitive)
+
+    def _is_banked(self, row: str, low: LowRank) -> bool:
+        module = self._modules.get(row)
+        if module is None or not is_product(module) or not is_bankable(low):
+            return False
+        return row not in self._banks or self._banks[row].takes(low)
+
+    def _bank(self, row: str, low: LowRank) -> Bank:
+        if row not in self._banks:
+            self._banks[row] = Bank(low, max(self._rows, len(low.A)))
+        return self._banks[row]
+
+    def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> Active | None:
+        own = {name: self._of(lowered[name]) for name in active}
+        for path in (path for each in own.values() for path in each.modules):
+            if path not in self._patches:
+                self._patches[path] = Patch(path, self._modules[path], self.current)
+        if not any(each.modules for each in own.values()):
+            return None
+        state = Active(active, own, self._sequential)
+        for path in self._eager(active, own):
+            state.make(self._patches[path])
+        return state
+
+    def _eager(self, active: Setup, own: Mapping[str, Own]) -> Iterable[str]:
+        if active.is_composed:
+            return {path for each in own.values() for path in each.modules}
+        return {path for each in own.values() for path in each.odd}
+
+    def _of(self, lowered: Lowered) -> Own:
+        """Kept by identity, so that no activation looks at every update again."""
+        if id(lowered) not in self._own:
+            self._own[id(lowered)] = lowered, Own.of(lowered, self._modules)
+        return self._own[id(lowered)][1]
+
+    def route(self, states: Sequence[Active | None], rows: Rows) -> Routes | None:
+        if not any(states):
+            return None
+        return Routes(tuple(states), rows, self._banks)
 
     def remove(self) -> None:
+        self.current.shared = None
         for patch in reversed(self._patches.values()):
             patch.remove()
         self._patches.clear()
-
-
-def _has_weighted_gains(updates: Iterable[Mapping[str, Sequence[Weighted]]]) -> bool:
-    """PEFT multiplies the gains it activates, and sums those it gives weights."""
-    return any(
-        update.weight != 1 and isinstance(update.primitive, Gain)
-        for by_name in updates
-        for made in by_name.values()
-        for update in made
-    )
+        self._banks.clear()
+        self._own.clear()

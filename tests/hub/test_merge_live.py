@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from adapterkit.hub import attach, attached, load, merge
-from adapterkit.hub.compose.attach import Adapters
+from adapterkit.hub.compose.handle import Adapters
 from adapterkit.hub.merge.undo import digest
 from adapterkit.registry.errors import AdapterError, ConflictError, InvalidError, MismatchError
 
