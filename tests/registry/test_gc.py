@@ -63,6 +63,7 @@ def sketch(data: bytes) -> dict[str, object]:
 
 
 def test_a_removed_version_keeps_its_place_in_the_lineage(registry, add):
+    """Invariant 7 of docs/store.md."""
     first = add(b"first")
     parent = {"version": f"sha256:{first.id}", "relation": "finetuned-from"}
     second = add(b"second", meaning=Meaning({"kind": "LORA"}, parents=(parent,)))

@@ -91,6 +91,7 @@ def test_the_same_content_may_have_two_numbers(registry, add):
 
 
 def test_a_published_version_never_changes(registry, add):
+    """Invariant 3 of docs/store.md."""
     one = add(version="1.0")
     with pytest.raises(ConflictError, match=one.id[:12]):
         add(b"other", version="1.0")
@@ -100,6 +101,7 @@ def test_a_published_version_never_changes(registry, add):
 
 
 def test_a_removed_number_is_never_used_for_something_else(registry, add):
+    """Invariant 3 of docs/store.md."""
     add(), add(b"2")
     registry.rm("sql@1.1")
     assert refs(registry.list()) == ["sql@1.0"]
@@ -479,6 +481,7 @@ def full(registry, add):
 
 
 def test_a_deleted_catalog_is_made_anew_and_equal(home, full):
+    """Invariant 5 of docs/store.md."""
     before = dump(full)
     full.close()
     for path in home.glob("catalog.db*"):

@@ -288,6 +288,7 @@ def flip(path: Path, bit: int) -> None:
 
 
 def test_every_flipped_bit_of_blobs_manifests_and_log_is_found_and_named(filled, proof):
+    """Invariants 1 and 4 of docs/store.md."""
     paths = [*(filled / "blobs").rglob("*"), filled / "log"]
     paths = [path for path in paths if path.is_file()]
     # By bytes, so that every one has the same chance; half of them in the log.
