@@ -53,7 +53,7 @@ def change(registry: Registry) -> None:
 
 
 def check(home: Path) -> int:
-    """Every invariant of docs/store.md that can be seen from outside; how many records there are."""
+    """Every invariant of docs/store.md that is seen from outside; how many records there are."""
     log = Log(home / "log", Files())
     records = [record for record, _ in log.read(Place())]
     assert [record.seq for record in records] == list(range(1, len(records) + 1))
