@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -229,31 +230,72 @@ def test_failing_anywhere_a_command_says_so_or_has_happened(act, case, code, fau
         shutil.rmtree(folder)
 
 
-def work(folder: Path, seconds: float) -> None:
+def work(folder: Path, rounds: int, seconds: float) -> None:
+    """All there is to do, again and again, until so long after some rounds of it; what was
+    confirmed is written down beside."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    there = remote(folder)
+    if not rounds:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
     with Registry(folder / "home") as registry:
-        for number in range(1000):
+        for number in count():
+            if number == rounds:
+                signal.setitimer(signal.ITIMER_REAL, seconds)
             registry.add("sql", {"w": b"%d" % number}, LORA, tags=["best"])
-            (folder / "confirmed").open("a").write(f"{number}\n")
+            confirm(folder / "added", number)
             registry.rm(f"sql@1.{number}") if number % 5 == 4 else registry.tag("sql", "last")
+            if number % 4 == 3:
+                plan = sync.plan_push(registry, "sql", there)
+                sync.push(registry, plan, there)
+                confirm(folder / "pushed", plan.ref)
+            if number % 6 == 5:
+                sync.pull(registry, sync.plan_pull(registry, there, "far"), there)
+                registry.rm("far")
             if number % 7 == 6:
                 registry.gc(NOW)
+            if number % 9 == 8:
+                registry.rebuild()
 
 
-def test_killed_at_random_moments_nothing_confirmed_is_lost(shm, faults, proof):
-    chosen = random.Random(3)
+def confirm(path: Path, what: object) -> None:
+    with path.open("a") as file:
+        file.write(f"{what}\n")
+
+
+def confirmed(path: Path) -> list[str]:
+    """Without a last line that the kill cut short."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+def test_killed_at_random_moments_nothing_confirmed_is_lost(template, shm, faults, proof):
+    chosen, n_pushed = random.Random(3), 0
     for number in range(proof(20, 500)):
         folder = shm / str(number)
-        folder.mkdir()
-        assert not faults.in_child(partial(work, folder, chosen.uniform(0.002, 0.15)))
-        confirmed = (folder / "confirmed").read_text() if (folder / "confirmed").exists() else ""
+        shutil.copytree(template / "remote", folder / "remote")
+        rounds, seconds = chosen.randrange(13), chosen.uniform(0.001, 0.06)
+        assert not faults.in_child(partial(work, folder, rounds, seconds))
         assert verify(folder / "home").damage == ()
         with Registry(folder / "home") as registry:
-            have = {v.version for v in registry.list()}
-            numbers = [int(line) for line in confirmed.split()]
-            lost = [n for n in numbers if n % 5 != 4 and f"1.{n}" not in have]
-            assert lost == []
+            have = {v.version for v in registry.list("sql")}
+            numbers = map(int, confirmed(folder / "added"))
+            assert [n for n in numbers if n % 5 != 4 and f"1.{n}" not in have] == []
             for version in registry.list():
                 registry.files(version.ref)
+        pushed = confirmed(folder / "pushed")
+        assert set(pushed) <= visible(folder)
+        n_pushed += len(pushed)
         shutil.rmtree(folder)
+    assert n_pushed > proof(10, 500)
+
+
+def visible(folder: Path) -> set[str]:
+    """The versions that the remote shows, each of which can be had."""
+    there, found = remote(folder), set()
+    with Registry(folder / "puller") as registry:
+        for name in there.names():
+            for version in there.versions(name):
+                sync.pull(registry, sync.plan_pull(registry, there, version.ref), there)
+                found.add(str(version.ref))
+        for ref in found:
+            registry.files(ref)
+    return found
