@@ -12,14 +12,13 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from adapterkit.hub.findings import clean
 from adapterkit.registry.errors import AdapterError, AdapterWarning
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 
 @dataclass(frozen=True)
@@ -78,29 +77,46 @@ FIGURES = ("gain", "cosine", "error", "own_error")
 SUMS = tuple(field.name for field in fields(Fidelity) if field.name not in ("name", "format"))
 
 
+# Of a block, by the names of the sums of Fidelity.
+Sums = dict[str, float]
+
+
+def sums(
+    w: Tensor, target: Tensor, stored: Tensor, base: Tensor | None = None, *, spent: bool = False
+) -> Sums:
+    """w: the base's block, target: what it should become, stored: what the file's values mean.
+    base: Q(w), where the format loses something of w itself. spent: w and stored are needed no
+    more, and may be written over."""
+    flat = w.reshape(-1)
+    found = {"base": flat.dot(flat)}
+    lost = torch.sub(stored, target, out=stored if spent else None)
+    if base is not None:
+        own = (base - w).reshape(-1)
+        lost = lost - own.reshape(lost.shape)
+        found["own"] = own.dot(own)
+    delta = torch.sub(target, w, out=w if spent else None).reshape(-1)
+    lost = lost.reshape(-1)
+    found |= {"delta": delta.dot(delta), "lost": lost.dot(lost), "kept": lost.dot(delta)}
+    return {name: float(value) for name, value in found.items()}
+
+
+def added(a: Sums, b: Sums) -> Sums:
+    return {name: a.get(name, 0.0) + b.get(name, 0.0) for name in a | b}
+
+
+def is_finite(found: Sums) -> bool:
+    return all(map(math.isfinite, found.values()))
+
+
 class Measure:
     """Sums over the blocks of one parameter."""
 
     def __init__(self, name: str, format_: str) -> None:
         self.name, self.format = name, format_
-        self._sums = dict.fromkeys(SUMS, 0.0)
+        self._sums: Sums = dict.fromkeys(SUMS, 0.0)
 
-    def add(self, w: Tensor, target: Tensor, stored: Tensor, base: Tensor | None = None) -> bool:
-        """Whether all is finite. w: the base's block, target: what it should become, stored: what
-        the file's values mean. base: Q(w), where the format loses something of w itself."""
-        delta = (target - w).flatten()
-        lost = (stored - target).flatten()
-        flat = w.flatten()
-        found = {"base": flat.dot(flat), "delta": delta.dot(delta)}
-        if base is not None:
-            own = (base - w).flatten()
-            lost -= own
-            found["own"] = own.dot(own)
-        found |= {"lost": lost.dot(lost), "kept": lost.dot(delta)}
-        values = {name: float(value) for name, value in found.items()}
-        for name, value in values.items():
-            self._sums[name] += value
-        return all(map(math.isfinite, values.values()))
+    def add(self, found: Sums) -> None:
+        self._sums = added(self._sums, found)
 
     def result(self) -> Fidelity:
         return Fidelity(self.name, self.format, **self._sums)

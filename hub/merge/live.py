@@ -18,7 +18,7 @@ from adapterkit.hub.compose.lowering import Lowered, lower
 from adapterkit.hub.compose.plan import Weighted
 from adapterkit.hub.compose.spots import owner_of
 from adapterkit.hub.findings import clean
-from adapterkit.hub.merge.fidelity import Measure, MergeReport, guarded
+from adapterkit.hub.merge.fidelity import Measure, MergeReport, guarded, sums
 from adapterkit.hub.merge.update import (
     TRANSPOSED,
     Update,
@@ -288,6 +288,6 @@ def _measured(targets: Sequence[Target]) -> MergeReport:
         if not torch.isfinite(means).all():
             raise MismatchError(f"{clean(target.name)} would hold NaN or Inf as {target.format}")
         measure = Measure(target.name, target.format)
-        measure.add(w, wanted, means)
+        measure.add(sums(w, wanted, means))
         rows.append(measure.result())
     return MergeReport(None, tuple(rows), "live", "the weights of the model", "none", {})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,10 +11,11 @@ from adapterkit.hub.bases.base import EXPERTS, Module
 from adapterkit.hub.compose.plan import Weighted
 from adapterkit.hub.findings import clean
 from adapterkit.hub.headers import Stored
-from adapterkit.hub.merge.fidelity import Fidelity, Measure
+from adapterkit.hub.merge.fidelity import Fidelity, Measure, is_finite, sums
 from adapterkit.hub.merge.jobs import COPY, PACK, Job, Output
 from adapterkit.hub.merge.places import Place
-from adapterkit.hub.merge.shard import ShardWriter, as_bytes
+from adapterkit.hub.merge.shard import Sink, as_bytes
+from adapterkit.hub.merge.streaming import Piece, changed, raw
 from adapterkit.hub.merge.update import (
     TRANSPOSED,
     Update,
@@ -33,19 +32,7 @@ from adapterkit.hub.quant.stored import read_stored
 from adapterkit.hub.tensors import DTYPES
 from adapterkit.registry.errors import InvalidError, MismatchError
 
-# Values seen at a time.
-ENTRIES = 1 << 18
-COPIED = 1 << 23
 WORDS = {dtype: name for name, dtype in NAMED.items()} | {torch.float64: "float64"}
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """Rows of a tensor from `start`, and what happens to them; rows: None for all."""
-
-    start: int
-    rows: int | None
-    update: Update
 
 
 class Maker:
@@ -54,7 +41,7 @@ class Maker:
     def __init__(self, output: Output, *, peft: bool = False) -> None:
         self.output, self._peft = output, peft
 
-    def run(self, job: Job, writer: ShardWriter | None) -> Fidelity | None:
+    def run(self, job: Job, writer: Sink | None) -> Fidelity | None:
         """Writes the tensors of the job; what became of the adapters in it, None for nothing."""
         place = job.place
         if job.form == COPY or place is None:
@@ -85,17 +72,18 @@ class Maker:
     def _stored(self, job: Job) -> Stored:
         return self.output.base.tensors[job.source or ""]
 
-    def _copy(self, job: Job, writer: ShardWriter | None) -> None:
+    def _copy(self, job: Job, writer: Sink | None) -> None:
         if writer is None:
             return
         (spec,) = self.output.specs(job)
         stored = self._stored(job)
         if job.form == COPY:
-            writer.add(spec, _raw(stored))
+            writer.add(spec, raw(stored))
             return
-        writer.add(spec, (as_bytes(b.to(DTYPES[spec.dtype])) for _, b in _blocks(stored)))
+        cast = changed(stored, [Piece(0, None, Update(False))], DTYPES[spec.dtype])
+        writer.add(spec, (as_bytes(made.values) for made in cast))
 
-    def _new(self, job: Job, place: Place, writer: ShardWriter | None) -> Fidelity:
+    def _new(self, job: Job, place: Place, writer: Sink | None) -> Fidelity:
         """A parameter that only an adapter has."""
         updates = self.output.lowering.updates(place.row)
         is_bias = place.parameter == "bias"
@@ -117,7 +105,7 @@ class Maker:
         row = self.output.row(place)
         measure = Measure(place.name(row), WORDS[made.dtype])
         wanted = only.T.double()
-        measure.add(torch.zeros_like(wanted), wanted, made.double())
+        measure.add(sums(torch.zeros_like(wanted), wanted, made.double()))
         return measure.result()
 
     def _pieces(self, place: Place, updates: list[Weighted]) -> list[Piece]:
@@ -138,7 +126,7 @@ class Maker:
         return of_weight(row, own, peft=self._peft)
 
     def _bias(
-        self, job: Job, place: Place, updates: list[Weighted], writer: ShardWriter | None
+        self, job: Job, place: Place, updates: list[Weighted], writer: Sink | None
     ) -> Fidelity | None:
         (spec,) = self.output.specs(job)
         stored, dtype = self._stored(job), DTYPES[spec.dtype]
@@ -153,44 +141,33 @@ class Maker:
         if not moved:
             return None
         measure = Measure(place.name(row), WORDS[dtype])
-        measure.add(bias.double(), wanted, made.double())
+        measure.add(sums(bias.double(), wanted, made.double()))
         return measure.result()
 
     def _stream(
-        self, job: Job, place: Place, pieces: list[Piece], writer: ShardWriter | None
+        self, job: Job, place: Place, pieces: list[Piece], writer: Sink | None
     ) -> Fidelity | None:
-        """A dense tensor, block by block."""
+        """A dense tensor, chunk by chunk."""
         (spec,) = self.output.specs(job)
-        stored, dtype = self._stored(job), DTYPES[spec.dtype]
-        changed = not all(piece.update.is_empty for piece in pieces)
+        dtype = DTYPES[spec.dtype]
+        is_changed = not all(piece.update.is_empty for piece in pieces)
         measure = Measure(place.name(self.output.row(place)), WORDS[dtype])
-        made = (
-            as_bytes(block)
-            for piece in pieces
-            for block in self._changed(stored, piece, place, dtype, measure)
-        )
         if writer is not None:
-            writer.add(spec, made)
-        elif changed:
-            for _ in made:
+            writer.add(spec, self._chunks(job, place, pieces, dtype, measure))
+        elif is_changed:
+            for _ in self._chunks(job, place, pieces, dtype, measure):
                 pass
-        return measure.result() if changed else None
+        return measure.result() if is_changed else None
 
-    def _changed(
-        self, stored: Stored, piece: Piece, place: Place, dtype: torch.dtype, measure: Measure
-    ) -> Iterator[Tensor]:
-        update, cast = piece.update, DTYPES[stored.dtype] != dtype
-        for start, block in _blocks(stored, piece.start, piece.rows, whole=update.is_whole):
-            if update.is_empty:
-                yield block.to(dtype)
-                continue
-            w = block.float() if block.dtype != torch.float64 else block
-            target = update.applied(w, start)
-            found = target.to(dtype)
-            own = w.to(dtype).to(w.dtype) if cast else None
-            if not measure.add(w, target, found.to(w.dtype), own):
-                self._require_finite(place, found)
-            yield found
+    def _chunks(
+        self, job: Job, place: Place, pieces: list[Piece], dtype: torch.dtype, measure: Measure
+    ) -> Iterator[memoryview]:
+        for made in changed(self._stored(job), pieces, dtype):
+            if made.found is not None:
+                measure.add(made.found)
+                if not is_finite(made.found):
+                    self._require_finite(place, made.values)
+            yield as_bytes(made.values)
 
     def _base(self, job: Job, place: Place) -> Tensor:
         """What is merged onto, as the file lies, float32."""
@@ -203,7 +180,7 @@ class Maker:
         return found.mT if turned else found
 
     def _dequantized(
-        self, job: Job, place: Place, update: Update, writer: ShardWriter | None
+        self, job: Job, place: Place, update: Update, writer: Sink | None
     ) -> Fidelity | None:
         """A quantized weight, or one that is to be as if it were, made dense."""
         (spec,) = self.output.specs(job)
@@ -217,11 +194,11 @@ class Maker:
         if update.is_empty:
             return None
         measure = Measure(place.name(self.output.row(place)), WORDS[dtype])
-        measure.add(w, target, found.float(), w.to(dtype).float())
+        measure.add(sums(w, target, found.float(), w.to(dtype).float()))
         return measure.result()
 
     def _pack(
-        self, job: Job, place: Place, update: Update, writer: ShardWriter | None
+        self, job: Job, place: Place, update: Update, writer: Sink | None
     ) -> Fidelity | None:
         """A weight, quantized. One that no adapter changes is quantized from what is stored."""
         scheme, row = self.output.scheme or Scheme("nf4"), self.output.row(place)
@@ -241,10 +218,10 @@ class Maker:
             self._emit(writer, packed.tensors)
         base = pack(job.key, w.to(dtype), scheme, dtype).values
         measure = Measure(place.name(row), scheme.method)
-        measure.add(w, target, packed.values, base)
+        measure.add(sums(w, target, packed.values, base))
         return measure.result()
 
-    def _emit(self, writer: ShardWriter, tensors: dict[str, Tensor]) -> None:
+    def _emit(self, writer: Sink, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             writer.add_tensor(name, tensor)
 
@@ -254,29 +231,3 @@ class Maker:
                 f"{clean(place.name(self.output.row(place)))} would hold NaN or Inf:"
                 f" the merged values are not finite as {WORDS.get(made.dtype, made.dtype)}"
             )
-
-
-def _raw(stored: Stored) -> Iterator[memoryview]:
-    for start in range(stored.start, stored.stop, COPIED):
-        yield memoryview(stored.source.read(start, min(COPIED, stored.stop - start)))
-
-
-def _blocks(
-    stored: Stored, first: int = 0, count: int | None = None, *, whole: bool = False
-) -> Iterator[tuple[int, Tensor]]:
-    """(row within these rows, block (n, columns)) of the rows [first, first + count) of a tensor.
-
-    A tensor of one dimension has one column; with a count its rows are those of its matrices."""
-    dtype = DTYPES[stored.dtype]
-    rows = stored.shape[0] if stored.shape else 1
-    if count is None:
-        count, columns = rows, math.prod(stored.shape[1:])
-    else:  # of fused experts, each a matrix
-        columns = stored.shape[-1]
-    width = columns * dtype.itemsize
-    step = count if whole else max(1, ENTRIES // max(columns, 1))
-    for start in range(0, count, step):
-        n = min(step, count - start)
-        data = stored.source.read(stored.start + (first + start) * width, n * width)
-        if data:
-            yield start, torch.frombuffer(bytearray(data), dtype=dtype).reshape(n, columns)

@@ -1,12 +1,13 @@
 """One safetensors file, written tensor by tensor: its header is reserved and comes last.
 
-Tensors are hashed and written by a thread of their own, while the next block is computed.
+Blocks are hashed, written and put on the disk by a thread each, while the next are computed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from adapterkit.hub.quant.packing import NAMES
 from adapterkit.registry.files import Files
 from adapterkit.registry.hashing import CHUNK
 
-# Blocks that may wait to be written: bounds the memory.
-WAITING = 3
+# Blocks that may wait to be hashed and written: bounds the memory.
+WAITING = 4
+# Bytes after which they are put on the disk, so that little is left to wait for at the end.
+SYNCED = 1 << 27
 METADATA = {"format": "pt"}
 # Above any offset, so that no header gets longer than what was reserved.
 FAR = 10**15
@@ -73,8 +76,10 @@ class ShardWriter:
         self._entries: dict[str, Any] = {}
         self._late: list[tuple[Spec, bytes]] = []
         self._end = 0
-        self._waiting: list[Future[None]] = []
-        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[list[Future[None]]] = deque()
+        self._hashing, self._writing, self._syncing = (ThreadPoolExecutor(1) for _ in range(3))
+        self._synced: Future[None] | None = None
+        self._unsynced = 0
         file.seek(8 + reserved)
 
     def add(self, spec: Spec, blocks: Iterable[memoryview]) -> None:
@@ -95,31 +100,43 @@ class ShardWriter:
 
     def _put(self, block: memoryview) -> None:
         while len(self._waiting) >= WAITING:
-            self._waiting.pop(0).result()
-        self._waiting.append(self._thread.submit(self._write, block))
+            self._wait()
+        hashed = self._hashing.submit(self._hash.update, block)
+        self._waiting.append([hashed, self._writing.submit(self._write, block)])
+
+    def _wait(self) -> None:
+        for done in self._waiting.popleft():
+            done.result()
 
     def _write(self, block: memoryview) -> None:
-        self._hash.update(block)
         self._files.write(self._file, block)
+        self._unsynced += len(block)
+        if self._unsynced >= SYNCED and (self._synced is None or self._synced.done()):
+            self._unsynced = 0
+            self._synced = self._syncing.submit(self._files.fsync, self._file)
 
     def finish(self) -> Written:
         """The header, and everything on the disk."""
         for spec, data in sorted(self._late, key=lambda each: -DTYPE_BITS[each[0].dtype]):
             self._enter(spec)
             self._put(memoryview(data))
-        while self._waiting:
-            self._waiting.pop(0).result()
         text = header(self._entries).ljust(self._reserved)
         head = self._reserved.to_bytes(8, "little") + text
+        while self._waiting:
+            self._wait()
+        if self._synced is not None:
+            self._synced.result()
+        self._hash.update(head)
         self._file.seek(0)
-        self._write(memoryview(head))
+        self._files.write(self._file, head)
         self._files.fsync(self._file)
         names = tuple(self._entries)
         start = 8 + self._reserved
         return Written(start + self._end, start, self._hash.hexdigest(), names)
 
     def close(self) -> None:
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        for thread in (self._hashing, self._writing, self._syncing):
+            thread.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager

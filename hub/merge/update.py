@@ -54,14 +54,16 @@ class Update:
         """Whether it takes all rows at once."""
         return self.transposed and any(step.ndim > 1 for step in self.gains.steps)
 
-    def applied(self, w: Tensor, start: int = 0) -> Tensor:
-        """The new rows.  w (n, columns): those of the file from `start`, float32 or float64."""
+    def applied(self, w: Tensor, start: int = 0, out: Tensor | None = None) -> Tensor:
+        """The new rows.  w (n, columns): those of the file from `start`, float32 or float64.
+        out: room of the same shape that may be used for them."""
         rows = slice(start, start + len(w))
         new = self._replaced(w, rows)
         if self.g is not None:
             new = new + w * self._along(self.g, rows, outputs=True).to(w.dtype)
         if self.left is not None and self.right is not None:
-            new = torch.addmm(new, self.left[rows].to(w.dtype), self.right.to(w.dtype))
+            left, right = self.left[rows].to(w.dtype), self.right.to(w.dtype)
+            new = torch.addmm(new, left, right, out=out)
         if self.D is not None:
             new = new + self.D[rows].to(w.dtype)
         if self.gains.rho is not None:

@@ -393,11 +393,12 @@ def test_a_version_of_the_registry_is_merged_by_its_reference(
 def test_blocks_of_rows_give_the_same_as_the_whole(
     bases: Any, adapters: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from adapterkit.hub.merge import making
+    from adapterkit.hub.merge import streaming
 
     sources = [adapters("a", **KINDS[kind]) for kind in ("lora", "ia3", "table", "tokens")]
     merge(sources, base=bases(), out=tmp_path / "whole")
-    monkeypatch.setattr(making, "ENTRIES", 40)
+    monkeypatch.setattr(streaming, "CHUNK", 100)
+    monkeypatch.setattr(streaming, "BLOCK", 40)
     merge(sources, base=bases(), out=tmp_path / "blocks")
     for name, tensor in weights(tmp_path / "whole").items():
         found = weights(tmp_path / "blocks")[name]
