@@ -52,11 +52,12 @@ class Ground:
         return Shapeless(name, type_, self)
 
     def weight(self, name: str) -> Tensor:
-        """(out, in), float32, of a convolution (out, in k). Raises NeedsBaseError where there is no
-        base."""
+        """(out, in), float32, of a convolution (out, in k), of a norm (out). Raises NeedsBaseError
+        where there is no base."""
         if self.weights is None:
             raise self.needs(f"the weights of {clean(name)}")
-        return self.weights.weight(name).flatten(1)
+        found = self.weights.weight(name)
+        return found if found.ndim == 1 else found.flatten(1)
 
     def kernel(self, name: str) -> tuple[int, ...]:
         """Sizes of the kernel of a convolution, () for any other module."""

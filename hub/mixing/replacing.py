@@ -105,12 +105,13 @@ def _files(inputs: Sequence[Input], parts: Mapping[Place, Part]) -> dict[str, by
         "base_model_name_or_path": about.base_name,
         "revision": about.revision,
         "task_type": about.task,
-        "modules_to_save": list(about.targets.saved) or None,
     }
+    if about.targets.saved:
+        changes["modules_to_save"] = list(about.targets.saved)
     if about.fields.replaced.bias != "none":
         changes["bias"] = about.fields.replaced.bias
     if len({adapter.targets for adapter in adapters}) > 1:
-        changes |= dict.fromkeys(NARROWER)
+        changes |= {name: None for name in NARROWER if name in adapters[0].config}
         changes["target_modules"] = sorted({m for one in inputs for m in _targeted(one)})
     return again.peft(adapters, parts, changes)
 
