@@ -106,11 +106,12 @@ def record(made: Conversion) -> dict[str, Any]:
 def tell(app: App, made: Conversion, done: dict[str, Any]) -> None:
     info = made.info
     where = done["ref"] or done["folder"]
-    what = f"{info.variant} of rank {made.rank} on {', '.join(info.targets)}"
-    say(f"{where}: {what}, {size(info.size)}")
+    what = info.variant + (f" of rank {made.rank}" if made.rank else "")
+    on = f" on {', '.join(info.targets)}" if info.targets else ""
+    say(f"{where}: {what}{on}, {size(info.size)}")
     if made.error:
         say(f"  error {made.error:.3g} of the change, over {count(len(made.modules), 'module')}")
-    else:
+    elif made.modules:
         say(f"  exact; rounding to {dtype(made.dtype)} changes {made.rounding:.1g} of it")
     if done["id"]:
         say(f"  {done['id']}")
