@@ -113,13 +113,19 @@ def same(values: Sequence[str | None]) -> str | None:
     return said.pop() if len(said) == 1 else None
 
 
+def _at(inputs: Sequence[Input], chosen: Options) -> dict[str, Any]:
+    """Weights by module in the order of the inputs here, not in that they were given in."""
+    at = {pattern: [shares[one.given] for one in inputs] for pattern, shares in chosen.at.items()}
+    return {"at": at} if at else {}
+
+
 def origin(inputs: Sequence[Input], base: Base | None, chosen: Options) -> Origin:
     from adapterkit.hub.ingest import touched
 
     recipe: dict[str, Any] = {
         "operation": "blend",
         "inputs": [{**input_of(one.folder, one.adapter), "weight": one.weight} for one in inputs],
-        "parameters": chosen.parameters(),
+        "parameters": chosen.parameters() | _at(inputs, chosen),
         "tool": tool(),
     }
     if chosen.allow_fields:

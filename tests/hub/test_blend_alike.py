@@ -178,6 +178,15 @@ def test_only_adapters_of_one_config_are_averaged(tmp_path: Path) -> None:
     assert tensors(made).keys() == tensors(a).keys()
 
 
+def test_weights_by_module_are_in_the_recipe_in_the_order_of_its_inputs(tmp_path: Path) -> None:
+    with Registry(tmp_path / "home") as registry:
+        for name in ("A", "B"):
+            add(registry, DATA / f"adapters/llama_{name}", f"team/{name.lower()}")
+        for order in (["team/a", "team/b"], ["team/b", "team/a"]):
+            made = blend(order, registry=registry, at={"layers.0": [2.0, 0.5]})
+            assert rebuild(str(made.add(registry, "team/mix").ref), registry=registry).same
+
+
 # Prompts and prefixes
 
 
