@@ -25,7 +25,7 @@ from adapterkit.hub.kinds import kind, schema_of
 from adapterkit.hub.kinds.base import Used, Whole
 from adapterkit.hub.primitives import DenseDelta, InputRotation, Layer, LowRank, Primitive
 from adapterkit.hub.rooting import rooted
-from adapterkit.hub.tensors import read_finite
+from adapterkit.hub.tensors import is_finite, read_finite
 from adapterkit.registry.errors import MismatchError
 
 
@@ -114,7 +114,7 @@ class Shared:
         place = spot.device, self._dtype or spot.dtype
         if place not in self._placed:
             made = {role: tensor.to(*place) for role, tensor in self._tensors.items()}
-            if not all(torch.isfinite(tensor).all() for tensor in made.values()):
+            if not all(map(is_finite, made.values())):
                 # float32 where half precision would overflow, as for factors of one module
                 made = {role: tensor.to(place[0]) for role, tensor in self._tensors.items()}
             self._placed[place] = made
@@ -244,10 +244,11 @@ def _placed(primitive: Primitive, spot: Spot, dtype: torch.dtype | None) -> Prim
         wide, b = primitive.A.to(device), primitive.B.to(device)
         if primitive.out_scale is not None:  # folded in float32, rounded once
             b = b * primitive.out_scale.to(device)[..., None]
-        half = wide.to(compute), b.to(compute)
-        fits = all(torch.isfinite(factor).all() for factor in half)
-        a, b = half if fits else (wide, b)  # float32 where half precision would overflow
-        return replace(primitive, A=a.contiguous(), B=b.contiguous(), out_scale=None)
+        if compute != torch.float32:
+            half = wide.to(compute), b.to(compute)
+            fits = all(map(is_finite, half))
+            wide, b = half if fits else (wide, b)  # float32 where half precision would overflow
+        return replace(primitive, A=wide.contiguous(), B=b.contiguous(), out_scale=None)
     if isinstance(primitive, DenseDelta):
         return DenseDelta(primitive.D.to(device, compute))
     if isinstance(primitive, InputRotation):
