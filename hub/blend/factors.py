@@ -55,10 +55,10 @@ class Term:
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the change, not weighted, float32 (stop - start, in)."""
-        found = self.factors.rows(start, stop)
-        if self.rest is not None:
-            found = found + self.rest(start, stop)
-        return found.float()
+        if self.rest is None:
+            return self.factors.rows(start, stop).float()
+        rest = self.rest(start, stop)
+        return (self.factors.rows(start, stop) + rest if self.factors.rank else rest).float()
 
 
 def concatenated(terms: Sequence[Term]) -> Factors:

@@ -32,17 +32,18 @@ def factorwise(name: str, terms: Sequence[Term], place: Place) -> Blended:
 
 
 def _half(term: Term, factor: Tensor, *, signed: bool) -> Term:
-    """One factor as a matrix of its own: I times it."""
+    """One factor as a matrix of its own, which has no factors."""
     strength = term.weight * term.factors.scale
     weight = math.sqrt(abs(strength))
     if signed and strength < 0:
         weight = -weight
-    return Term(weight, Factors(torch.eye(factor.shape[0]), factor), term.index)
+    none = Factors(factor.new_empty(factor.shape[0], 0), factor.new_empty(0, factor.shape[1]))
+    return Term(weight, none, term.index, lambda start, stop: factor[start:stop])
 
 
 def _merged(name: str, terms: Sequence[Term], place: Place, part: str) -> Tensor:
     here = Place(f"{place.name}{part}", place.settings, place.draws)
-    return torch.cat([rows for _, rows in entrywise(name)(terms, here).blocks()])
+    return entrywise(name)(terms, here).whole()
 
 
 def clamped(terms: Sequence[Term], place: Place) -> Blended:

@@ -17,6 +17,9 @@ from adapterkit.hub.blend.factors import Factors
 
 # Entries seen at a time: bounds the memory beside the inputs to a few times 4 MB.
 ENTRIES = 1 << 20
+# Entries computed at a time where a whole matrix is: with those of all inputs they stay in a
+# processor's cache, and memory is not asked of the system again and again.
+CACHED = 1 << 16
 # Entries of a matrix that is computed once and kept; a larger one is computed for every pass.
 KEPT = 1 << 27
 # Columns beyond the rank wanted, and rounds of subspace iteration: with them the error is within
@@ -35,10 +38,10 @@ class Streamed:
     shape: tuple[int, int]
     block: Callable[[int, int], Tensor]
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+    def blocks(self, entries: int = ENTRIES) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows), from the top."""
         n_rows, width = self.shape
-        step = max(1, ENTRIES // max(width, 1))
+        step = max(1, entries // max(width, 1))
         for start in range(0, n_rows, step):
             yield start, self.block(start, min(start + step, n_rows))
 
@@ -46,17 +49,21 @@ class Streamed:
         """The same, computed once where it is not too large for that."""
         if self.shape[0] * self.shape[1] > KEPT:
             return self
-        whole = torch.empty(self.shape)
-        for start, rows in self.blocks():
-            whole[start : start + len(rows)] = rows
+        whole = self.whole()
         return Streamed(self.shape, lambda start, stop: whole[start:stop])
+
+    def whole(self) -> Tensor:
+        found = torch.empty(self.shape)
+        for start, rows in self.blocks(CACHED):
+            found[start : start + len(rows)] = rows
+        return found
 
 
 def low_rank(matrix: Streamed, rank: int) -> tuple[Factors, float]:
     """(the best part of that rank, |matrix - it| / |matrix|). Exact for thin matrices."""
     matrix = matrix.kept()
     if min(matrix.shape) <= THIN:
-        u, values, v = torch.linalg.svd(_whole(matrix).double(), full_matrices=False)
+        u, values, v = torch.linalg.svd(matrix.whole().double(), full_matrices=False)
         energy = values.square().sum().item()
     else:
         basis, energy = _range(matrix, min(rank + OVERSAMPLING, *matrix.shape))
@@ -67,10 +74,6 @@ def low_rank(matrix: Streamed, rank: int) -> tuple[Factors, float]:
     kept = values[:rank].square().sum().item()
     error = max(1 - kept / energy, 0.0) ** 0.5 if energy else 0.0
     return Factors((u[:, :rank] * root).float(), (root[:, None] * v[:rank]).float()), error
-
-
-def _whole(matrix: Streamed) -> Tensor:
-    return torch.cat([rows for _, rows in matrix.blocks()])
 
 
 def _range(matrix: Streamed, size: int) -> tuple[Tensor, float]:
@@ -106,10 +109,15 @@ def _transposed_times(matrix: Streamed, x: Tensor) -> Tensor:
 def magnitude_at(matrix: Streamed, kept: int) -> float:
     """The smallest magnitude among the `kept` largest entries; infinity for none of them.
 
-    Two passes over the bits of the float32 values: without the sign they order as the values do.
+    By the bits of the float32 values: without the sign they order as the values do. Two passes,
+    unless all entries are seen at a time.
     """
     if kept <= 0:
         return float("inf")
+    if matrix.shape[0] * matrix.shape[1] <= ENTRIES:
+        bits = _bits(matrix.block(0, matrix.shape[0]))
+        bits.partition(len(bits) - kept)
+        return float(bits.view(np.float32)[len(bits) - kept])
     upper = np.zeros(1 << 16, np.int64)
     for _, rows in matrix.blocks():
         upper += np.bincount(_bits(rows) >> 16, minlength=1 << 16)

@@ -29,12 +29,11 @@ def disjoint_mean(settings: Settings, changes: Tensor, weights: Tensor) -> Tenso
     """(rows, in) from pruned changes (k, rows, in) and their weights (k)."""
     wide = weights.to(changes.dtype).view(-1, *[1] * (changes.ndim - 1))
     weighted = changes * wide
-    agreeing = pruning.elected(changes if settings.dialect == "peft" else weighted, settings.sign)
-    if settings.dialect == "peft":  # its mask compares signs before the weights turn any
-        total = (weighted * agreeing).sum(0)
-    else:
-        total = torch.where(agreeing, weighted, 0.0).sum(0)
+    # peft compares signs before the weights turn any
+    voting = changes if settings.dialect == "peft" else weighted
+    agreeing = pruning.elected(voting, settings.sign)
+    total = weighted.mul_(agreeing).sum(0)
     if settings.dialect == "mergekit":
         shares = (wide * agreeing).sum(0)
         return total / torch.where(shares == 0, 1.0, shares)
-    return total / agreeing.sum(0).clamp(min=1)
+    return total.div_(agreeing.sum(0).clamp_(min=1))
