@@ -45,6 +45,7 @@ COMMANDS = {
     "check": "Say whether adapters fit their base model.",
     "base": "Show the identity of a base model.",
     "merge": "Put adapters into the weights of their base.",
+    "run": "Generate text with adapters on their base.",
     "push": "Send an adapter to a remote.",
     "pull": "Fetch an adapter from a remote.",
     "remote": "Name remotes.",

@@ -28,7 +28,7 @@ STEPS = {
         "check", "task", "norms", "frozen", "offline", "change", "reduce", "factored",
         "unfold", "laid_out",
     },
-    "model": {"compose", "gather", "load", "merge/fidelity", "merge/live", "merge/undo",
+    "model": {"compose", "gather", "generate", "load", "merge/fidelity", "merge/live", "merge/undo",
               "merge/update"},
     "outside": {
         "merge", "mixing", "made", "convert", "exporting", "express", "recipe_versions", "papers",
