@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit.cli.app import App, pass_app
+from adapterkit.cli.cluster import cluster_option, executor
 from adapterkit.cli.convert import deliver, record, target, tell
 from adapterkit.cli.output import count, emit, say
 from adapterkit.registry.errors import DamagedError, InvalidError
 from adapterkit.registry.refs import PathSource, Ref, split_weight
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 
 def _rank(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
@@ -88,12 +92,13 @@ def _shares(
     "--as", "form", type=click.Choice(["adapter", "recipe"]), default="adapter", show_default=True,
     help="A recipe keeps any kinds, exactly, by reference; SRC are versions.",
 )  # fmt: skip
+@cluster_option
 @click.option("--verify", metavar="REF", help="Make REF again from its recipe, and compare.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pass_app
 def command(
     app: App, /, sources: tuple[str, ...], output: str | None, verify: str | None, base: str | None,
-    form: str, as_json: bool, at: dict[str, list[float]], **settings: Any,
+    form: str, as_json: bool, cluster: str | None, at: dict[str, list[float]], **settings: Any,
 ) -> None:  # fmt: skip
     """Blend adapters into one.
 
@@ -114,7 +119,8 @@ def command(
     With --dialect peft, the combination types of PEFT's add_weighted_adapter.
     """
     if verify is not None:
-        _verify(app, verify, base, sources, output, as_json)
+        with executor(app, cluster) as machines:
+            _verify(app, verify, base, sources, output, as_json, machines)
         return
     if not sources or output is None:
         raise InvalidError("give the adapters to blend, and -o NAME or -o ./FOLDER")
@@ -122,12 +128,13 @@ def command(
     chosen = {name: value for name, value in settings.items() if value not in (None, ())}
     given = [(source, 1.0 if w is None else w) for source, w in map(split_weight, sources)]
     if form == "recipe":
-        extra = at or base or chosen.keys() - {"method"}
+        extra = at or base or cluster or chosen.keys() - {"method"}
         _keep(app, given, place, extra, chosen["method"], as_json)
         return
     from adapterkit.hub.mixing.blend import blend
 
-    made = blend(given, base=base, registry=app.registry, at=at, **chosen)
+    with executor(app, cluster) as machines:
+        made = blend(given, base=base, registry=app.registry, executor=machines, at=at, **chosen)
     done = deliver(app, made, place)
     if as_json:
         emit(done | record(made) | {"dora": made.dora})
@@ -163,13 +170,13 @@ def _keep(
 
 def _verify(
     app: App, ref: str, base: str | None, sources: tuple[str, ...], output: str | None,
-    as_json: bool,
+    as_json: bool, machines: Executor | None,
 ) -> None:  # fmt: skip
     if sources or output:
         raise InvalidError("--verify takes no adapters and no -o: the recipe of REF names them")
     from adapterkit.hub.mixing.rebuild import CLOSE, rebuild
 
-    found = rebuild(ref, registry=app.registry, base=base)
+    found = rebuild(ref, registry=app.registry, base=base, executor=machines)
     if as_json:
         emit({"ref": ref, "same": found.same, "distance": found.distance, "module": found.module})
     elif found.same:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.app import App, pass_app
+from adapterkit.cli.cluster import cluster_option, executor
 from adapterkit.cli.output import count, emit, say, size, table
 from adapterkit.cli.progress import progress
 from adapterkit.registry.errors import InvalidError
@@ -15,6 +16,7 @@ from adapterkit.registry.refs import split_weight
 
 if TYPE_CHECKING:
     from adapterkit.hub.merge.fidelity import Fidelity, MergeReport
+    from adapterkit.hub.merge.rival import Comparison
 
 # Parameters that are shown one by one, those with the least gain; with -v all are.
 MOST = 10
@@ -56,9 +58,10 @@ TITLES = ("PARAMETER", "FORMAT", "CHANGE", "GAIN", "COSINE", "ERROR", "BASE ERRO
 @click.option("--resume", is_flag=True, help="Go on where a merge into DIR was interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pass_app
+@cluster_option
 def command(
     app: App, /, sources: tuple[str, ...], base: str, output: Path | None, dry_run: bool,
-    resume: bool, as_json: bool, **settings: Any,
+    resume: bool, as_json: bool, cluster: str | None, **settings: Any,
 ) -> None:  # fmt: skip
     """Put adapters into the weights of their base.
 
@@ -78,10 +81,11 @@ def command(
 
     place = find_base(base)
     label = "Measuring" if dry_run else "Merging"
-    with progress(app, label, weights_size(read_base(place))) as report:
+    whole = weights_size(read_base(place))
+    with executor(app, cluster) as machines, progress(app, label, whole) as report:
         made = merge(
             parsed(sources), base=place, out=output, dry_run=dry_run, resume=resume,
-            progress=report, registry=app.registry, **settings,
+            progress=report, executor=machines, registry=app.registry, **settings,
         )  # fmt: skip
     if as_json:
         emit(made.record())

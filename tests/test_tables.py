@@ -15,7 +15,7 @@ from adapterkit.cli.main import COMMANDS
 ROOT = Path(__file__).parent.parent
 TARGET = re.compile(r"adapterkit(\.\w+)+(:\w+)?")
 # Files of cli/ that are no commands.
-SUPPORT = {"__init__", "main", "app", "hints", "output", "progress", "text"}
+SUPPORT = {"__init__", "main", "app", "cluster", "hints", "output", "progress", "text"}
 
 
 def rows() -> list[str]:

@@ -41,7 +41,10 @@ class Rebuilt:
         return self.same or self.distance <= CLOSE
 
 
-def rebuild(ref: str, *, registry: Registry, base: str | Path | Base | None = None) -> Rebuilt:
+def rebuild(
+    ref: str, *, registry: Registry, base: str | Path | Base | None = None,
+    executor: Executor | None = None,
+) -> Rebuilt:  # fmt: skip
     """Raises InvalidError for what is no blend, NotFoundError naming each input that is not here,
     DamagedError for a recipe that is malformed or for another base than it names."""
     manifest = registry.manifest(ref)
@@ -50,7 +53,8 @@ def rebuild(ref: str, *, registry: Registry, base: str | Path | Base | None = No
         raise InvalidError(f"{clean(ref)} is no blend: its recipe says nothing of one")
     sources = _sources(ref, recipe, registry)
     _require_base(ref, recipe, base)
-    made = blend(sources, base=base, registry=registry, options=_options(ref, recipe))
+    options = _options(ref, recipe)
+    made = blend(sources, base=base, registry=registry, executor=executor, options=options)
     stored = {file.path: file.digest for file in manifest.files}
     if stored == {path: digest_of(data) for path, data in made.files.items()}:
         return Rebuilt(True, 0.0, "")
