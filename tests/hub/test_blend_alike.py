@@ -150,6 +150,33 @@ def test_the_dialect_refuses_what_the_library_has_not(
         blend(given, dialect="adapters", **chosen)
 
 
+LIBRARY = [
+    case
+    for case in CASES
+    if case["operation"]["op"] == "forward"
+    and [adapter["format"] for adapter in case["adapters"]] == ["adapters"]
+]
+
+
+@by_id(LIBRARY)
+def test_every_tensor_of_the_library_is_averaged(case: dict[str, Any], tmp_path: Path) -> None:
+    """Invertible adapters, shared parameters, gates and repeated prefixes too: of the invertible
+    ones the library loses all in a model with a head (adapters 1.3)."""
+    path = DATA / case["adapters"][0]["path"]
+    if not tensors_are_alone(path):
+        pytest.skip("a head is beside it")
+    other = changed(path, tmp_path / "other", lambda tensor: tensor.flip(0) / 2)
+    made = blend([(path, 2.0), (other, -1.0)], method="linear", dialect="adapters")
+    first, second, found = tensors(path), tensors(other), read_finite(made.adapter)
+    assert found.keys() == first.keys()
+    for place, tensor in found.items():
+        torch.testing.assert_close(tensor, 2 * first[place] - second[place], atol=1e-6, rtol=1e-6)
+
+
+def tensors_are_alone(path: Path) -> bool:
+    return set(read_adapter(locate(path, None)).files.values()) == {"config", "weights"}
+
+
 def test_an_averaged_folder_can_be_loaded_beside_what_it_was_made_of(tmp_path: Path) -> None:
     """The library loads an adapter under the name in its config, and replaces one of that name."""
     made = blend([(DATA / "adapters/bert_ah_p1", 0.5), (DATA / "adapters/bert_ah_p2", 0.5)],
@@ -358,3 +385,37 @@ def test_a_prefix_that_a_network_makes_stands_behind_no_other() -> None:
     with pytest.raises(InvalidError, match="a network, a gate or a head belongs to it") as caught:
         blend([one, two])
     assert "--as recipe" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("paths", "method", "base"),
+    [
+        (("adapters/llama_ia3_1", "adapters/llama_ia3_2"), "sum", None),
+        (("adapters/bert_ah_a", "adapters/bert_ah_b"), "average", None),
+        (("cases/bert.bitfit_all/adapter", "cases/bert.bitfit_subset/adapter"), "sum", "bert"),
+    ],
+)
+def test_a_blend_of_likes_is_stored_and_made_again(
+    paths: tuple[str, ...], method: str, base: str | None, tmp_path: Path
+) -> None:
+    folder = None if base is None else DATA / "bases" / base
+    with Registry(tmp_path / "home") as registry:
+        for number, path in enumerate(paths):
+            add(registry, DATA / path, f"team/{number}")
+        given = {f"team/{number}": 0.3 for number in range(len(paths))}
+        made = blend(given, method=method, base=folder, registry=registry)
+        ref = str(made.add(registry, "team/mix").ref)
+        assert rebuild(ref, registry=registry, base=folder).same
+        assert registry.manifest(ref).adapter["kind"] == made.adapter.kind
+        assert len(registry.manifest(ref).parents) == len(paths)
+
+
+def test_dumps_of_biases_move_from_the_base_by_their_weights(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case["operation"].get("mode") == "delta_to_base")
+    made = blend(of(case), base=DATA / case["base_path"])
+    require_close(logits(case, made.save(tmp_path / "made")), case)
+    expected = load_file(DATA / case["expected"]["merged_file"])
+    found = load(made.files["model.safetensors"])
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=0)
