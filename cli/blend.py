@@ -65,7 +65,7 @@ def _shares(
 )  # fmt: skip
 @click.option("--clamp", type=float, help="svd_clamp of the dialect peft.")
 @click.option(
-    "--dialect", type=click.Choice(["paper", "peft", "mergekit"]),
+    "--dialect", type=click.Choice(["paper", "peft", "mergekit", "adapters"]),
     help="Whose meaning a method's name has.  [default: paper]",
 )  # fmt: skip
 @click.option(
@@ -104,7 +104,7 @@ def command(
 
     SRC is a folder (./tone) or a reference (team/sql@1.2); its WEIGHT is 1 when left out, and
     negative ones subtract. The result is a LoRA that PEFT loads; a DoRA where a sum of DoRAs is
-    exact as one.
+    exact as one; of IA3s, of BitFits, of prompts, of bottlenecks, one of these.
 
     \b
     sum              the exact weighted sum, of the sum of ranks
@@ -116,7 +116,8 @@ def command(
     knots, tsv, iso_c, core
                      in a basis that the changes share
 
-    With --dialect peft, the combination types of PEFT's add_weighted_adapter.
+    With --dialect peft, the combination types of PEFT's add_weighted_adapter; with --dialect
+    adapters, those of AdapterHub's average_adapter.
     """
     if verify is not None:
         with executor(app, cluster) as machines:
