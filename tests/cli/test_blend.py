@@ -101,3 +101,25 @@ def test_weights_per_module(run, two, tmp_path):
     key = "base_model.model.model.layers.{}.self_attn.q_proj.lora_A.weight"
     used = [int((found[key.format(layer)].abs().sum(1) > 0).sum()) for layer in (0, 1)]
     assert used == [8, 16]
+
+
+def test_likes_become_one_of_their_kind(run, fixtures, tmp_path):
+    gains = [f"{fixtures}/adapters/llama_ia3_{n}" for n in (1, 2)]
+    shown = run("blend", f"{gains[0]}=0.7", f"{gains[1]}=-0.3", "-o", tmp_path / "gains").stdout
+    assert ": IA3 on down_proj, k_proj, v_proj, " in shown and "rank" not in shown
+    prompts = [f"{fixtures}/adapters/llama_prompt{n}" for n in (2, 1)]
+    shown = run("blend", *prompts, "-o", tmp_path / "prompts").stdout
+    assert ": prompt tuning, " in shown
+    found = load_file(tmp_path / "prompts/adapter_model.safetensors")["prompt_embeddings"]
+    first = load_file(f"{prompts[0]}/adapter_model.safetensors")["prompt_embeddings"]
+    assert (found[: len(first)] == first).all() and len(found) == 2 * len(first)
+    failed = run("blend", f"{prompts[0]}=0.5", "-o", tmp_path / "half", code=2)
+    assert "takes weight 1, or 0" in failed.stderr and not (tmp_path / "half").exists()
+
+
+def test_averages_of_adapterhub_are_a_dialect(run, fixtures, tmp_path):
+    given = [f"{fixtures}/adapters/bert_ah_l1=1", f"{fixtures}/adapters/bert_ah_l2=-0.5"]
+    chosen = ("-m", "lora_linear_only_negate_b", "--dialect", "adapters")
+    shown = run("blend", *given, *chosen, "-o", tmp_path / "x").stdout
+    assert ": LoRA on query, value, " in shown
+    assert (tmp_path / "x/adapter.safetensors").exists()
