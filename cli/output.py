@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from adapterkit.hub.adapter import AdapterInfo
 
 MAX_LINE = 4000
+# The least width of a column of text; where there is room for less, texts stand below each other.
+NARROW = 18
+GAP = 2
 # How users call what safetensors writes in headers.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -25,6 +28,15 @@ DTYPES = {
 def safe(text: str) -> str:
     """`text` with control characters escaped; its line breaks stay."""
     return "\n".join(clean(line, MAX_LINE) for line in text.split("\n"))
+
+
+def readable(text: str) -> str:
+    """A model's text without what drives a terminal; all that letters are made of stays."""
+    import unicodedata
+
+    return "".join(
+        repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
+    )
 
 
 def say(text: str = "") -> None:
@@ -93,6 +105,34 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in cells:
         shown = [_cut(cell, width).ljust(width) for cell, width in zip(row, widths, strict=True)]
         click.echo("  ".join(shown).rstrip())
+
+
+def side_by_side(titles: Sequence[str], texts: Sequence[str]) -> None:
+    """Texts in columns under their titles; below each other where columns would be narrow."""
+    width = _terminal_width()
+    if width + GAP >= len(titles) * (NARROW + GAP):
+        _columns(titles, texts, width)
+        return
+    for number, (title, text) in enumerate(zip(titles, texts, strict=True)):
+        click.echo("\n" * bool(number), nl=False)
+        _columns([title], [text], width)
+
+
+def _columns(titles: Sequence[str], texts: Sequence[str], width: int) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="")
+    for title in titles:
+        grid.add_column(Text(readable(title)), ratio=1, overflow="fold")
+    grid.add_row(*(Text(readable(text).expandtabs(4)) for text in texts))
+    made = StringIO()
+    Console(file=made, width=width, color_system=None).print(grid)
+    for line in made.getvalue().splitlines():
+        click.echo(line.rstrip())
 
 
 def fields(pairs: Sequence[tuple[str, str]], indent: str = "") -> None:

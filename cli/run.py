@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,15 +13,12 @@ import click
 
 from adapterkit.cli.app import App, pass_app
 from adapterkit.cli.merge import parsed
-from adapterkit.cli.output import count, emit, note
+from adapterkit.cli.output import count, emit, note, readable, side_by_side
 from adapterkit.registry.errors import InvalidError
 
 if TYPE_CHECKING:
     from adapterkit.hub.generate.session import Generated, Session, Settings
 
-# The least width of a column of text; where there is room for less, texts stand below each other.
-NARROW = 18
-GAP = 2
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "seed")
 
 
@@ -106,8 +102,8 @@ def command(
     made = list(_generated(app, session, settings, asked))
     if as_json:
         emit(record(session, settings, text, made))
-        return
-    side_by_side([label(each.weights) for each in made], [each.text for each in made])
+    else:
+        side_by_side([label(each.weights) for each in made], [each.text for each in made])
     for each in made:
         _tell(app, session, each)
 
@@ -158,26 +154,21 @@ def loading(app: App) -> Iterator[None]:
 
 
 def _streamed(session: Session, settings: Settings) -> Generated:
-    write = _on_terminal if sys.stdout.isatty() else _as_it_is
+    """The text, and the end of its line, however it ends."""
+    on_terminal, begun = sys.stdout.isatty(), False
+
+    def write(text: str) -> None:
+        nonlocal begun
+        begun = True
+        click.echo(readable(text) if on_terminal else text, nl=False)
+
     try:
-        return session.generate(session.weights, settings, write)
-    finally:
-        click.echo()
-
-
-def _as_it_is(text: str) -> None:
-    click.echo(text, nl=False)
-
-
-def _on_terminal(text: str) -> None:
-    click.echo(shown(text), nl=False)
-
-
-def shown(text: str) -> str:
-    """The text without what drives a terminal; all that letters are made of stays."""
-    return "".join(
-        repr(c)[1:-1] if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text
-    )
+        made = session.generate(session.weights, settings, write)
+    except BaseException:
+        click.echo(nl=begun)
+        raise
+    click.echo()
+    return made
 
 
 def _generated(
@@ -199,43 +190,13 @@ def waiting(app: App) -> Iterator[Callable[[str], None]]:
     from rich.text import Text
 
     with Console(stderr=True).status("") as status:
-        yield lambda text: status.update(Text(shown(text)))
+        yield lambda text: status.update(Text(readable(text)))
 
 
 def label(weights: Mapping[str, float]) -> str:
     """`base`; `sql`; `0.7 sql + -0.3 tone`."""
     parts = [name if weight == 1 else f"{weight:g} {name}" for name, weight in weights.items()]
     return " + ".join(parts) or "base"
-
-
-def side_by_side(titles: Sequence[str], texts: Sequence[str]) -> None:
-    """Texts in columns under their titles; below each other where columns would be narrow."""
-    import shutil
-
-    width = shutil.get_terminal_size().columns
-    if width + GAP >= len(titles) * (NARROW + GAP):
-        _columns(titles, texts, width)
-        return
-    for number, (title, text) in enumerate(zip(titles, texts, strict=True)):
-        click.echo("\n" * bool(number), nl=False)
-        _columns([title], [text], width)
-
-
-def _columns(titles: Sequence[str], texts: Sequence[str], width: int) -> None:
-    from io import StringIO
-
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="")
-    for title in titles:
-        table.add_column(Text(shown(title)), ratio=1, overflow="fold")
-    table.add_row(*(Text(shown(text).expandtabs(4)) for text in texts))
-    made = StringIO()
-    Console(file=made, width=width, color_system=None).print(table)
-    for line in made.getvalue().splitlines():
-        click.echo(line.rstrip())
 
 
 def _tell(app: App, session: Session, made: Generated) -> None:

@@ -79,9 +79,7 @@ class Session:
         alone = [{name: weight} for name, weight in self.weights.items()]
         return [{}, *alone, *([self.weights] if len(alone) > 1 else [])]
 
-    def generate(
-        self, weights: Mapping[str, float], settings: Settings, write: Write
-    ) -> Generated:
+    def generate(self, weights: Mapping[str, float], settings: Settings, write: Write) -> Generated:
         """What the base with `weights` makes of the prompt; the random state stays as it was.
 
         write: called with each piece of the text as soon as it is whole.

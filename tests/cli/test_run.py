@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from adapterkit.cli import run as command
 from adapterkit.cli.main import main
+from adapterkit.cli.output import readable, side_by_side
 from adapterkit.hub import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::adapterkit.registry.errors.AdapterWarning")
@@ -180,7 +180,7 @@ def test_what_is_compared_fits_the_terminal(run, llama, sql, tone, monkeypatch, 
 
 def test_columns_keep_every_word_and_break_between_them(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
-    command.side_by_side(["one", "[red]two"], ["a long text " * 8, "x\tend\n\n  deep \x1b[31m"])
+    side_by_side(["one", "[red]two"], ["a long text " * 8, "x\tend\n\n  deep \x1b[31m"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 60 and lines[0].split() == ["one", "[red]two"]
     start = lines[0].index("[")
@@ -189,8 +189,8 @@ def test_columns_keep_every_word_and_break_between_them(capsys, monkeypatch):
 
 
 def test_nothing_written_drives_a_terminal():
-    assert command.shown("a\x1b[2J\r\x9b\tb\nc") == "a\\x1b[2J\\r\\x9b\tb\nc"
-    assert command.shown("👩\u200d💻 می\u200cخواهم") == "👩\u200d💻 می\u200cخواهم"
+    assert readable("a\x1b[2J\r\x9b\tb\nc") == "a\\x1b[2J\\r\\x9b\tb\nc"
+    assert readable("👩\u200d💻 می\u200cخواهم") == "👩\u200d💻 می\u200cخواهم"
 
 
 def test_what_is_drawn_follows_the_seed(asked, llama, sql):
@@ -234,15 +234,16 @@ def test_a_text_ends_where_the_model_or_the_adapters_tokenizer_ends_it(
 
 
 @pytest.mark.parametrize("name", ["gpt2.lora_c_attn", "gpt2.prefix_li_liang_deep"])
-def test_a_text_ends_where_the_model_has_no_more_positions(run, run_json, fixtures, name):
+def test_a_text_ends_where_the_model_has_no_more_positions(run, fixtures, name):
     base, adapter = fixtures / "bases/gpt2", fixtures / "cases" / name / "adapter"
     arguments = ("run", adapter, "--base", base, "--prompt", PROMPT)
-    found = run_json(*arguments)
+    done = run(*arguments, "--json")
+    found = json.loads(done.stdout)
     (output,) = found["outputs"]
     room = 64 - found["prompt_tokens"]
     assert output["end"] == "full"
     assert output["tokens"] == room if "lora" in name else 0 < output["tokens"] < room
-    assert "no more positions" in run(*arguments).stderr
+    assert "no more positions" in done.stderr
     long = run("run", adapter, "--base", base, "--prompt", "a " * 80, code=2).stderr
     assert "the prompt has " in long and "64 positions" in long
 
@@ -362,7 +363,7 @@ def test_a_prompt_of_nothing_is_refused(asked, llama, sql):
 
 def test_nothing_but_the_text_is_printed_when_quiet(run, llama, sql):
     """The bars of transformers are for terminals, warnings are not for those who want none."""
-    done = run("-q", "run", sql, "--base", llama, "--prompt", PROMPT)
+    done = run("-q", "run", sql, "--base", llama, "--prompt", PROMPT, "--max-new-tokens", 2)
     assert done.stderr == "" and done.stdout
     detailed = run("-v", "run", sql, "--base", llama, "--prompt", "x", "--max-new-tokens", 1)
     assert "Note: " in detailed.stderr and "1 token, all" in detailed.stderr
