@@ -126,7 +126,26 @@ def tokens(model: Any, draw: torch.Generator, ends: tuple[str, ...]) -> Written:
     }  # fmt: skip
 
 
+def prompt(model: Any, draw: torch.Generator, ends: tuple[str, ...]) -> Written:
+    length, width = 1 + draw.initial_seed() % 4, model.config.hidden_size
+    return {"prompt_embeddings": torch.randn(length, width, generator=draw)}, {
+        "peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": length,
+        "token_dim": width, "num_transformer_submodules": 1,
+    }  # fmt: skip
+
+
+def prefix(model: Any, draw: torch.Generator, ends: tuple[str, ...]) -> Written:
+    length, width = 1 + draw.initial_seed() % 4, 16  # of 2 heads of keys and values
+    return {"prompt_embeddings": torch.randn(length, 2 * 2 * width, generator=draw)}, {
+        "peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": length,
+        "token_dim": width, "num_layers": 2, "num_attention_heads": 2,
+        "num_transformer_submodules": 1,
+    }  # fmt: skip
+
+
 WRITERS = {
+    "prompt": prompt,
+    "prefix": prefix,
     "ia3": ia3,
     "bitfit": bitfit,
     "ln_tuning": ln_tuning,
@@ -241,6 +260,41 @@ def test_adapters_of_other_modules_are_one_of_all(
 
 def held_modules(folder: Path) -> set[str]:
     return set(read_adapter(locate(folder, None)).modules)
+
+
+# Prompts and prefixes
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@QUICK
+@given(seeds=st.lists(st.integers(0, 9), min_size=1, max_size=3, unique=True))
+def test_rows_in_one_file_are_all_attached_in_that_order(
+    write: Write, model: Any, kind: str, seeds: list[int]
+) -> None:
+    given_ = [write(kind, seed) for seed in seeds]
+    made = blend(given_)
+    expected = together(model, dict.fromkeys(given_, 1.0))
+    torch.testing.assert_close(alone(model, made), expected, atol=2e-5, rtol=1e-4)
+    rows = torch.cat([tensor for path in given_ for tensor in held(path).values()])
+    assert torch.equal(*held(made.folder).values(), rows)
+    if len(given_) > 1:
+        apart = blend([blend(given_[:1]).folder, blend(given_[1:]).folder])
+        assert apart.files == made.files
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+@QUICK
+@given(data=st.data(), weights=st.lists(st.floats(0.1, 3), min_size=1, max_size=3))
+def test_rows_of_one_length_are_averaged_in_any_order(
+    write: Write, kind: str, data: st.DataObject, weights: list[float]
+) -> None:
+    given_ = [(write(kind, 4 * n), weight) for n, weight in enumerate(weights)]
+    made = blend(given_, method="average")
+    assert blend(data.draw(st.permutations(given_)), method="average").files == made.files
+    mean = sum(
+        weight / sum(weights) * next(iter(held(path).values())).double() for path, weight in given_
+    )
+    torch.testing.assert_close(*held(made.folder).values(), mean.float(), atol=1e-6, rtol=1e-6)
 
 
 # IA3
