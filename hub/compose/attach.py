@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from adapterkit.hub.compose.admit import Options, refined
 from adapterkit.hub.compose.handle import HANDLE, Adapters
+from adapterkit.hub.compose.here import recompile
 from adapterkit.hub.compose.model import describe_model
 from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.locate import Source, named
@@ -43,8 +42,7 @@ def attach(
     except BaseException:
         found.detach()
         raise
-    if "torch._dynamo" in sys.modules:  # code compiled before would not see the swapped forwards
-        torch.compiler.reset()
+    recompile()
     vars(model)[HANDLE] = found
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from adapterkit.hub.compose.blocks import Setup
 from adapterkit.hub.compose.context import Context
 from adapterkit.hub.compose.entry import Entry
 from adapterkit.hub.compose.heads import Heads
+from adapterkit.hub.compose.here import Turn
 from adapterkit.hub.compose.interventions import Interventions
 from adapterkit.hub.compose.layers import Layers
 from adapterkit.hub.compose.lowering import Lowered
@@ -48,6 +49,7 @@ class Engine:
         self.updates = Updates(model, base, options)
         self._parts: list[Part] = [*(make(model, base, options) for make in PARTS), self.updates]
         self._recorder = Recorder(model)
+        self._turn = Turn()
         self._light: OrderedDict[Any, Ready] = OrderedDict()
         self._heavy: OrderedDict[Any, Ready] = OrderedDict()
 
@@ -71,6 +73,11 @@ class Engine:
         self._light.clear()
         self._heavy.clear()
 
+    def free(self, lowered: Lowered) -> None:
+        """Its place in the banks is for others."""
+        self.updates.forget(lowered)
+        self.updates.banks.free(lowered)
+
     def ready(self, active: Setup, given: Setup, lowered: Mapping[str, Lowered]) -> Ready:
         """Raises if a part cannot be so; then nothing has changed."""
         states = tuple(part.plan(active, lowered) for part in self._parts)
@@ -78,7 +85,8 @@ class Engine:
 
     def switch(self, ready: Ready) -> None:
         for part, state in zip(self._parts, ready.states, strict=True):
-            part.current.shared = state
+            part.current.switch(state)
+        self.updates.pack()
 
     def by_rows(
         self, setups: Sequence[Setup], of: Sequence[int], lowered: Mapping[str, Lowered]
@@ -94,13 +102,16 @@ class Engine:
     @contextmanager
     def bound(self, ready: Ready) -> Iterator[None]:
         """This thread's own state for a while."""
-        pairs = zip(self._parts, ready.states, strict=True)
-        before = [part.current.bind(state) for part, state in pairs]
-        try:
-            yield
-        finally:
-            for part, state in zip(self._parts, before, strict=True):
-                part.current.bind(state)
+        with self._turn if self.updates.is_fixed else nullcontext():
+            pairs = zip(self._parts, ready.states, strict=True)
+            before = [part.current.bind(state) for part, state in pairs]
+            try:
+                self.updates.pack()
+                yield
+            finally:
+                for part, state in zip(self._parts, before, strict=True):
+                    part.current.bind(state)
+                self.updates.pack()
 
     def remove(self) -> None:
         self.forget()

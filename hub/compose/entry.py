@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import BatchSplit, Block, Setup, channels
-from adapterkit.hub.compose.here import Current
+from adapterkit.hub.compose.here import Current, recompile
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.rows import Rows
 from adapterkit.registry.errors import InvalidError
@@ -54,6 +54,7 @@ class Entry:
         state = State(channels(block), _outermost(block))
         if not state.is_plain and self._handle is None:
             self._handle = self._model.register_forward_pre_hook(self._enter, with_kwargs=True)
+            recompile()
         return state
 
     def route(self, states: Sequence[State], rows: Rows) -> State:

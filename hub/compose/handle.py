@@ -142,13 +142,13 @@ class Adapters:
         """Into the banks, beside those that are there; where one has to grow, all move."""
         moved = False
         for name, lowered in made.items():
-            self._lowered[name], grew = self._engine.updates.keep(lowered)
+            self._lowered[name], grew = self._engine.updates.banks.keep(lowered)
             moved |= grew
         if not moved:
             return
         for name, lowered in self._lowered.items():
             self._engine.updates.forget(lowered)
-            self._lowered[name] = self._engine.updates.moved(lowered)
+            self._lowered[name] = self._engine.updates.banks.moved(lowered)
         self._engine.forget()
         self._reactivate()
 
@@ -175,7 +175,7 @@ class Adapters:
             self.activate({other: w for other, w in self._given.items() if other != name})
         self._engine.forget()
         for member in members:
-            self._engine.updates.free(self._lowered.pop(member))
+            self._engine.free(self._lowered.pop(member))
             del self._folders[member]
         self._groups.held.pop(name, None)
 
@@ -194,7 +194,7 @@ class Adapters:
         before = self._lowered[name], self._folders[name]
         self._require_ready(self._active, {**self._lowered, name: made})
         self._engine.forget()
-        self._engine.updates.free(before[0])
+        self._engine.free(before[0])
         self._folders[name] = folder
         self._keep({name: made})
         self._reactivate()

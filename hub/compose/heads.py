@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Setup
-from adapterkit.hub.compose.here import Current
+from adapterkit.hub.compose.here import Current, recompile
 from adapterkit.hub.compose.interventions import require_stacked
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.rows import Rows
@@ -54,9 +54,12 @@ class Heads:
                         require_stacked(active, name, "brings a head of its own")
                         _require_alone(active, lowered, (name, weight), module)
                         found[module] = primitive
-        for module in found.keys() - self._handles.keys():
+        missing = found.keys() - self._handles.keys()
+        for module in missing:
             hook = partial(self._instead, module)
             self._handles[module] = self._modules[module].register_forward_hook(hook)
+        if missing:
+            recompile()
         return found
 
     def route(self, states: Sequence[State], rows: Rows) -> Routed | State:

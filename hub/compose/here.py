@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from typing import Any, Generic, TypeVar
 
@@ -18,22 +19,41 @@ class Here(threading.local):
         return type(self), ()
 
 
+class Turn:
+    """Entered by one thread at a time; a copy of a model has its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exception: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
 class _Own(Here):
     state: Any = SHARED
 
 
 class Current(Generic[S]):
     """The state of a part of the engine: the one it was switched to, or the one by which this
-    thread routes meanwhile."""
+    thread routes meanwhile. Compiled code sees the last of either."""
 
     def __init__(self, start: S) -> None:
-        self.shared = start
+        self.shared = self._last = start
         self._own = _Own()
+
+    def switch(self, state: S) -> None:
+        self.shared = self._last = state
 
     @property
     def now(self) -> S:
-        if torch.compiler.is_compiling():  # compiled code has one routing at a time
-            return self.shared
+        if torch.compiler.is_compiling():
+            return self._last
         own = self._own.state
         found: S = self.shared if own is SHARED else own
         return found
@@ -41,4 +61,11 @@ class Current(Generic[S]):
     def bind(self, state: Any) -> Any:
         """This thread's own state from here on, SHARED for that of all; returns what it was."""
         before, self._own.state = self._own.state, state
+        self._last = self.shared if state is SHARED else state
         return before
+
+
+def recompile() -> None:
+    """For when a forward was swapped or a hook put on: compiled code looks at neither again."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Setup, Stack
-from adapterkit.hub.compose.here import Current, Here
+from adapterkit.hub.compose.here import Current, Here, recompile
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.rows import Rows
 from adapterkit.hub.findings import clean
@@ -74,10 +74,13 @@ class Interventions:
         self._handles.clear()
 
     def _install(self, found: State) -> None:
+        missing = found.keys() - self._handles.keys()
+        if missing:
+            recompile()
         if found and "" not in self._handles:
             before = self._body.register_forward_pre_hook(self._enter, with_kwargs=True)
             self._handles[""] = before
-        for layer in found.keys() - self._handles.keys():
+        for layer in missing:
             hook = partial(self._after, layer)
             self._handles[layer] = self._modules[layer].register_forward_hook(hook)
 

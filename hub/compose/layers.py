@@ -19,7 +19,7 @@ from adapterkit.hub.bases.places import Place
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Fuse, Setup
 from adapterkit.hub.compose.fusions import fusion_for
-from adapterkit.hub.compose.here import Current, Here
+from adapterkit.hub.compose.here import Current, Here, recompile
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.networks import State
 from adapterkit.hub.compose.program import Network, Run, Site, build
@@ -61,8 +61,11 @@ class Layers:
             run = build(active.block, Site(place.h, held, fusion)) if active.block else None
             if run is not None:
                 runs[place] = run
-        for place in runs.keys() - self._taps.keys():
+        missing = runs.keys() - self._taps.keys()
+        for place in missing:
             self._taps[place] = Tap(place, self._modules, self.current)
+        if missing:
+            recompile()
         return runs
 
     def route(self, states: Sequence[Runs], rows: Rows) -> Routed | Runs:

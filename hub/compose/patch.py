@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -32,12 +33,15 @@ class Patch:
     def __init__(self, path: str, module: nn.Module, current: Current[Any]) -> None:
         self.path, self.module, self._current = path, module, current
         self.original = module.forward
+        self.fixed: Runner | None = None  # what compiled code runs, where memory is reserved
         self._had_own = "forward" in vars(module)  # accelerate's wrapper, for one
         # the classes of quantized layers hold no dense weight: theirs is multiplied directly
         self._twin = None if replacing.is_quantized(module) else replacing.shadow(module)
         setattr(module, "forward", self.forward)  # noqa: B010 (a method cannot be assigned to)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.fixed is not None and torch.compiler.is_compiling():
+            return self.fixed.run(self.module, self.original, args, kwargs)
         state = self._current.now
         if state is None:
             return self.original(*args, **kwargs)

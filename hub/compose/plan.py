@@ -58,6 +58,11 @@ class Sums:
         return all(held is None for held in vars(self).values())
 
 
+def banked(updates: Sequence[Weighted]) -> list[tuple[float, Banked]]:
+    """Those that are factors in a bank, with their weights."""
+    return [(each.weight, each.primitive) for each in updates if isinstance(each.primitive, Banked)]
+
+
 def fold(updates: Sequence[Weighted], *, sequential: bool = False) -> Sums:
     """The sum of all additive updates but Replace.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from adapterkit.hub.compose.bank import Bank, Banked, covering
 from adapterkit.hub.compose.patch import Patch, Runner
-from adapterkit.hub.compose.plan import Plan, Weighted, with_first
+from adapterkit.hub.compose.plan import Plan, Weighted, banked, with_first
 from adapterkit.hub.compose.products import CONVS, expand, is_product, project
 from adapterkit.hub.compose.rows import Layout, Rows
 from adapterkit.registry.errors import InvalidError
@@ -59,10 +59,7 @@ class Routes:
     def _factors(
         self, path: str, updates: Sequence[Sequence[Weighted]], patch: Patch
     ) -> ByGates | None:
-        lows = [
-            [(each.weight, each.primitive) for each in made if isinstance(each.primitive, Banked)]
-            for made in updates
-        ]
+        lows = [banked(made) for made in updates]
         spans: Spans = tuple(
             tuple((low.start, low.stop, weight * low.scale) for weight, low in made)
             for made in lows

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from adapterkit.hub.compose.here import Here
+from adapterkit.hub.compose.here import Here, recompile
 from adapterkit.registry.errors import InvalidError
 
 # Arguments that have a row for each of the batch, then a length.
@@ -100,6 +100,7 @@ class Recorder:
     def install(self) -> None:
         if self._handles:
             return
+        recompile()
         for stack in self._stacks():
             self._handles += [
                 stack.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),

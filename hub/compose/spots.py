@@ -59,8 +59,8 @@ class Spot:
 
 def _multiplies(dtype: torch.dtype) -> bool:
     """Whether the CPU has products of this precision; torch emulates them below AVX-512."""
-    emulated = torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX")
-    return dtype == torch.float32 or not emulated
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return not is_half or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")
 
 
 @dataclass(frozen=True)

@@ -9,25 +9,26 @@ raises.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import nn
 
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
-from adapterkit.hub.compose.bank import Bank, Banked, is_bankable
+from adapterkit.hub.compose.bank import Banked
+from adapterkit.hub.compose.banks import Banks
 from adapterkit.hub.compose.blocks import Setup
-from adapterkit.hub.compose.here import Current
+from adapterkit.hub.compose.fixed import Room
+from adapterkit.hub.compose.here import Current, recompile
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.patch import Patch, Runner
 from adapterkit.hub.compose.plan import Plan, Weighted
-from adapterkit.hub.compose.products import is_product
 from adapterkit.hub.compose.routes import Routes
 from adapterkit.hub.compose.rows import Rows
 from adapterkit.hub.compose.spots import owner_of
 from adapterkit.hub.compose.weave import ByRows, Part, parts_of, whole_of
-from adapterkit.hub.primitives import Additive, Gain, GatedLowRank, LowRank, Primitive
+from adapterkit.hub.primitives import Additive, Gain, GatedLowRank, Primitive
 
 HERE = Additive | Gain | GatedLowRank
 # parameter of a module, "" for its weight -> what acts on it
@@ -121,65 +122,15 @@ class Updates:
     def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
         self._modules = dict(model.named_modules())
         self._sequential = options.dialect == "peft"
-        self._rows = (options.slots or 1) * (options.max_rank or 0)
         self._patches: dict[str, Patch] = {}
-        self._banks: dict[str, Bank] = {}
         self._own: dict[int, tuple[Lowered, Own]] = {}
+        self.banks = Banks(self._modules, options.slots or 1)
+        self._room = Room(options.slots, options.max_rank) if options.max_rank else None
         self.current: Current[State | None] = Current(None)
-
-    def keep(self, lowered: Lowered) -> tuple[Lowered, bool]:
-        """The same with its factors in the banks. (it, whether those of others were moved)"""
-        moved = False
-        updates: dict[str, tuple[Primitive, ...]] = {}
-        for row, primitives in lowered.updates.items():
-            made: list[Primitive] = []
-            for primitive in primitives:
-                if isinstance(primitive, LowRank) and self._is_banked(row, primitive):
-                    primitive, grew = self._bank(row, primitive).put(primitive)
-                    moved |= grew
-                made.append(primitive)
-            updates[row] = tuple(made)
-        return replace(lowered, updates=updates), moved
-
-    def moved(self, lowered: Lowered) -> Lowered:
-        """The same, looking at where its factors lie now."""
-        return replace(
-            lowered,
-            updates={
-                row: tuple(
-                    self._banks[row].at(p, p.start) if isinstance(p, Banked) else p for p in made
-                )
-                for row, made in lowered.updates.items()
-            },
-        )
-
-    def forget(self, lowered: Lowered) -> None:
-        self._own.pop(id(lowered), None)
-
-    def free(self, lowered: Lowered) -> None:
-        """Its place in the banks is for others."""
-        self.forget(lowered)
-        for row, made in lowered.updates.items():
-            for primitive in made:
-                if isinstance(primitive, Banked):
-                    self._banks[row].free(primitive)
-
-    def _is_banked(self, row: str, low: LowRank) -> bool:
-        module = self._modules.get(row)
-        if module is None or not is_product(module) or not is_bankable(low):
-            return False
-        return row not in self._banks or self._banks[row].takes(low)
-
-    def _bank(self, row: str, low: LowRank) -> Bank:
-        if row not in self._banks:
-            self._banks[row] = Bank(low, max(self._rows, len(low.A)))
-        return self._banks[row]
 
     def plan(self, active: Setup, lowered: Mapping[str, Lowered]) -> Active | None:
         own = {name: self._of(lowered[name]) for name in active}
-        for path in (path for each in own.values() for path in each.modules):
-            if path not in self._patches:
-                self._patches[path] = Patch(path, self._modules[path], self.current)
+        self._install({path for each in own.values() for path in each.modules})
         if not any(each.modules for each in own.values()):
             return None
         state = Active(active, own, self._sequential)
@@ -187,10 +138,30 @@ class Updates:
             state.make(self._patches[path])
         return state
 
+    def _install(self, paths: set[str]) -> None:
+        missing = paths - self._patches.keys()
+        for path in missing:
+            self._patches[path] = Patch(path, self._modules[path], self.current)
+        if missing:
+            recompile()
+
     def _eager(self, active: Setup, own: Mapping[str, Own]) -> Iterable[str]:
         if active.is_composed:
             return {path for each in own.values() for path in each.modules}
         return {path for each in own.values() for path in each.odd}
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether memory is reserved for compiled code."""
+        return self._room is not None
+
+    def pack(self) -> None:
+        """Puts what is active where compiled code looks, if it does."""
+        if self._room is not None:
+            self._room.pack(self.current.now, self._patches, self.banks.of)
+
+    def forget(self, lowered: Lowered) -> None:
+        self._own.pop(id(lowered), None)
 
     def _of(self, lowered: Lowered) -> Own:
         """Kept by identity, so that no activation looks at every update again."""
@@ -201,12 +172,12 @@ class Updates:
     def route(self, states: Sequence[Active | None], rows: Rows) -> Routes | None:
         if not any(states):
             return None
-        return Routes(tuple(states), rows, self._banks)
+        return Routes(tuple(states), rows, self.banks.of)
 
     def remove(self) -> None:
-        self.current.shared = None
+        self.current.switch(None)
         for patch in reversed(self._patches.values()):
             patch.remove()
         self._patches.clear()
-        self._banks.clear()
+        self.banks.clear()
         self._own.clear()

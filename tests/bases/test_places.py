@@ -146,7 +146,7 @@ def networks(model: Any, names: set[str], wiring: Wiring, up: float) -> Lowered:
 
 def switched(model: Any, lowered: Lowered) -> Layers:
     part = Layers(model, describe_model(model), Options())
-    part.current.shared = part.plan(Setup({"a": 1.0}), {"a": lowered})
+    part.current.switch(part.plan(Setup({"a": 1.0}), {"a": lowered}))
     return part
 
 
