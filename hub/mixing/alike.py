@@ -9,6 +9,7 @@ from functools import partial
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.blend.methods import method
 from adapterkit.hub.change import NO_CHANGE
+from adapterkit.hub.findings import clean
 from adapterkit.hub.mixing import context, gains, library, parameters, replacing
 from adapterkit.hub.mixing.inputs import Input, require_weights
 from adapterkit.hub.mixing.options import Options
@@ -88,4 +89,24 @@ def _require_weights(inputs: Sequence[Input]) -> None:
         raise InvalidError(
             f"{', '.join(map(variant, apart))}: no one adapter does what all of them do", hint=KEEP
         )
+    for one in inputs:
+        _require_whole(one)
     require_weights(inputs, KEEP)
+
+
+def _require_whole(one: Input) -> None:
+    """A LoRA of PEFT replaces modules, and no bias of one alone."""
+    targets, held = one.adapter.targets, one.adapter.tensors
+    if WAYS.get(one.adapter.kind) is not replacing.blended:
+        return
+    alone = [
+        module
+        for module, role in held
+        if role == replacing.BIAS
+        and (module, "replace.weight") not in held
+        and not targets.is_saved(module)
+    ]
+    if alone:
+        raise InvalidError(
+            f"{variant(one)} replaces the bias of {clean(alone[0])}, which a LoRA cannot", hint=KEEP
+        )

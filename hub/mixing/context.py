@@ -128,7 +128,8 @@ def _sizes(inputs: Sequence[Input], plain: Sequence[Adapter]) -> dict[str, Any]:
             seen = found.setdefault(field, value)
             if value is not None and seen not in (None, value):
                 raise InvalidError(
-                    f"{variant(one)}: {field} is {value}, expected {seen} as in the others"
+                    f"{variant(one)}: {field} is {value}, expected {seen} as in the others",
+                    hint=KEEP,
                 )
             found[field] = value if seen is None else seen
     return {field: value for field, value in found.items() if value is not None}

@@ -86,6 +86,9 @@ def _refuse_biased_dora(inputs: Sequence[Input], found: Found) -> None:
 def _config(inputs: Sequence[Input], found: Found, size: int) -> dict[str, Any]:
     targets = {one.adapter.targets for one in inputs}
     about = common(inputs, inputs[0].adapter.targets if len(targets) == 1 else None)
+    whole = {module for one in inputs for module in _whole(one)}
+    saved = tuple(sorted({*about.targets.saved, *whole}))
+    about = replace(about, targets=replace(about.targets, saved=saved))
     config = peft_write.lora_config(about, size, found.factors, lora_bias=bool(found.shifts))
     return config | ({"use_dora": True} if found.magnitudes else {})
 
@@ -105,6 +108,15 @@ def common(inputs: Sequence[Input], kept: Targets | None = None) -> Adapter:
         task=same([one.adapter.task for one in inputs]),
         config={} if first.format != "peft" else first.config,
     )
+
+
+def _whole(one: Input) -> set[str]:
+    """Modules that it replaces without calling them saved, as norms."""
+    adapter = one.adapter
+    if adapter.fields.replaced.bias != "none":
+        return set()
+    whole = {module for module, role in one.replaced if role == "replace.weight"}
+    return {module for module in whole if not adapter.targets.is_saved(module)}
 
 
 def same(values: Sequence[str | None]) -> str | None:

@@ -428,3 +428,23 @@ def test_values_too_large_for_a_dtype_are_refused(write: Write, tmp_path: Path) 
     with pytest.raises(InvalidError, match="too large for float16"):
         blend({source: 1.0}, dtype="float16")
     assert blend({source: 1.0}, dtype="bfloat16").info.dtypes == {"BF16": 4}
+
+
+def test_norms_beside_a_lora_are_saved_modules_of_it(
+    write: Write, base: Path, model: Any, tmp_path: Path
+) -> None:
+    norms, lora = write("ln_tuning", 1), tmp_path / "lora"
+    fresh = transformers.LlamaForCausalLM.from_pretrained(base)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.get_peft_model(fresh, config).save_pretrained(lora)
+    given_ = {norms: 0.5, lora: 0.7}
+    made = blend(given_, base=base)
+    assert made.adapter.kind == "lora"
+    expected = together(model, given_)
+    torch.testing.assert_close(alone(model, made), expected, atol=2e-5, rtol=1e-4)
+    fresh = transformers.LlamaForCausalLM.from_pretrained(base).eval()
+    theirs = peft.PeftModel.from_pretrained(fresh, made.save(tmp_path / "made")).eval()
+    torch.testing.assert_close(run(theirs), expected, atol=2e-5, rtol=1e-4)
+    with pytest.raises(InvalidError, match="which a LoRA cannot") as caught:
+        blend({write("bitfit", 1): 1.0, lora: 1.0}, base=base)
+    assert "--as recipe" in str(caught.value.hint)
