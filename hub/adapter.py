@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from adapterkit.hub.findings import ERROR, UNSUPPORTED, Finding, clean, listing
@@ -46,7 +47,7 @@ class Adapter:
     requires: Mapping[str, Any] = field(default_factory=dict)
     portable: bool = False
 
-    @property
+    @cached_property
     def modules(self) -> dict[str, dict[str, Stored]]:
         """module path -> role -> tensor."""
         grouped: dict[str, dict[str, Stored]] = {}

@@ -85,5 +85,5 @@ def vector(values: Tensor | None, size: int, dtype: str) -> Part:
 
 
 def part(tensor: Tensor, dtype: str) -> Part:
-    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-    return Part(dtype, tuple(tensor.shape), data)
+    data = tensor.contiguous().view(torch.uint8).numpy()
+    return Part(dtype, tuple(tensor.shape), data.reshape(-1).data)

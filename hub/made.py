@@ -14,17 +14,15 @@ from adapterkit.hub.bases.base import Base, Quantization
 from adapterkit.hub.describe import summarize
 from adapterkit.hub.findings import clean
 from adapterkit.hub.formats.files import CONFIG
+from adapterkit.hub.papers import sha256_of
 from adapterkit.hub.read import read_adapter
 from adapterkit.hub.sources import Folder
 from adapterkit.registry.errors import DamagedError
 from adapterkit.registry.manifest import Meaning
-from adapterkit.registry.strictjson import digest_of
 
 if TYPE_CHECKING:
     from adapterkit.registry import Registry
     from adapterkit.registry.records import Added
-
-CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -140,12 +138,7 @@ def input_of(folder: Folder, adapter: Adapter) -> dict[str, Any]:
     if folder.manifest is not None:
         return {"version": f"sha256:{folder.manifest.id}"}
     names = sorted(adapter.files or folder.files)
-    return {"files": {path: f"sha256:{_digest(folder, path)}" for path in names}}
-
-
-def _digest(folder: Folder, path: str) -> str:
-    source = folder.file(path)
-    return digest_of(source.read(0, source.size))
+    return {"files": {path: f"sha256:{sha256_of(folder.file(path))}" for path in names}}
 
 
 def origin_of(

@@ -19,7 +19,7 @@ SCHEMA = "adapterkit.made/1"
 FIELDS = {"schema", "files", "parents", "recipe"}
 DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 MAX_PARENTS = 1000
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read(folder: Folder) -> Papers:
         raise DamagedError(f"{name} does not say how an adapter was made, as {SCHEMA} would")
     for path, digest in value["files"].items():
         source = folder.files.get(path)
-        if source is None or f"sha256:{_sha256(source)}" != digest:
+        if source is None or f"sha256:{sha256_of(source)}" != digest:
             about = f"{clean(path)} is another one: what {FILE} says of it does not count"
             found = Finding(WARNING, "changed-since", FILE, "the files that were made", about)
             return Papers(findings=(found,))
@@ -81,7 +81,7 @@ def _is_parent(row: object) -> bool:
     )
 
 
-def _sha256(source: ByteSource) -> str:
+def sha256_of(source: ByteSource) -> str:
     found = hashlib.sha256()
     for start in range(0, source.size, CHUNK):
         found.update(source.read(start, min(CHUNK, source.size - start)))

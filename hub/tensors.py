@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -56,7 +57,7 @@ class Unread(Mapping[tuple[str, str], Tensor]):
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; a NaN is both the least and the largest."""
-    return not tensor.numel() or all(torch.isfinite(end) for end in torch.aminmax(tensor))
+    return not tensor.numel() or all(math.isfinite(end) for end in torch.aminmax(tensor))
 
 
 def read_finite(adapter: Adapter) -> dict[tuple[str, str], Tensor]:

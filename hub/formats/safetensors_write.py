@@ -14,11 +14,11 @@ from adapterkit.hub.headers import DTYPE_BITS, Stored
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor to be written. dtype: as safetensors calls it."""
+    """A tensor to be written. dtype: as safetensors calls it. data: its bytes, one by one."""
 
     dtype: str
     shape: tuple[int, ...]
-    data: bytes
+    data: bytes | memoryview
 
     @classmethod
     def of(cls, stored: Stored) -> Part:
@@ -36,4 +36,5 @@ def dump(tensors: Mapping[str, Part]) -> bytes:
         header[name] = entry
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(part.data for _, part in ordered)
+    size = len(text).to_bytes(8, "little")
+    return b"".join([size, text, *(part.data for _, part in ordered)])
