@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -141,19 +142,29 @@ def test_a_file_of_that_name_with_other_bytes_is_not_taken_for_it(
     assert works["bf16"](Relayed(threads, mistaken)) == expected
 
 
-def test_processes_make_the_same_bytes(works: dict[str, Work]):
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+@pytest.fixture(scope="module")
+def forked() -> Any:
+    """New processes are forked from one that has imported everything, once, and done nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["distributed", "bitsandbytes", "adapterkit.hub.merge.far", "adapterkit.hub.mixing.far"]
+    )
+    forkserver.ensure_running()
+    return context
+
+
+def test_processes_make_the_same_bytes(works: dict[str, Work], forked: Any):
+    with ProcessPoolExecutor(1, mp_context=forked) as pool:
         for name in ("ties and svd", "bf16"):
             assert works[name](pool) == works[name](None)
 
 
 @pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def machines(tmp_path_factory: pytest.TempPathFactory, forked: Any) -> Iterator[str]:
     """The address of a cluster of two processes, each in a folder of its own."""
     folder = tmp_path_factory.mktemp("cluster")
     with (
-        dask.config.set({"distributed.worker.profile.enabled": False}),  # slows imports down
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
         LocalCluster(
             n_workers=2, threads_per_worker=1, local_directory=str(folder), dashboard_address=None,
             silence_logs=50,
@@ -234,14 +245,13 @@ class Broken(Relayed):
 
 
 def test_a_pool_whose_process_dies_says_so_and_the_merge_goes_on_later(
-    fixtures: Path, tmp_path: Path
+    fixtures: Path, tmp_path: Path, forked: Any
 ):
     arguments: dict[str, Any] = {
         "adapters": [fixtures / "adapters/llama_A"], "base": fixtures / "bases/llama_sharded",
     }  # fmt: skip
-    context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(1, mp_context=context) as pool,
+        ProcessPoolExecutor(1, mp_context=forked) as pool,
         pytest.raises(AdapterError, match="a process of the pool died") as caught,
     ):
         merge(**arguments, out=tmp_path / "out", executor=Broken(pool))
