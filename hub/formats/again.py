@@ -21,9 +21,15 @@ def peft(
     adapters: Sequence[Adapter], parts: Mapping[Place, Part], changes: Mapping[str, Any]
 ) -> dict[str, bytes]:
     """Path -> content. The config is the first one's but for `changes`; a key is that of the first
-    adapter that has the tensor."""
+    adapter that has the tensor. Raises InvalidError for keys that do not tell which they are."""
     config = {**adapters[0].config, **changes}
-    if any(finding.code == "adapter-name-in-keys" for a in adapters for finding in a.findings):
+    named = [a for a in adapters if any(f.code == "adapter-name-in-keys" for f in a.findings)]
+    if named and config.get("modules_to_save"):
+        raise InvalidError(
+            f"{clean(named[0].name)} has the adapter's name in its keys, and saved modules",
+            hint="save it again with save_pretrained",
+        )
+    if named:
         return peft_write.files(config, parts)
     keys: dict[Place, str] = {}
     for adapter in adapters:

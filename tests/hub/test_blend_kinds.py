@@ -448,3 +448,22 @@ def test_norms_beside_a_lora_are_saved_modules_of_it(
     with pytest.raises(InvalidError, match="which a LoRA cannot") as caught:
         blend({write("bitfit", 1): 1.0, lora: 1.0}, base=base)
     assert "--as recipe" in str(caught.value.hint)
+
+
+def test_the_name_of_an_adapter_in_its_keys_is_left_out(write: Write) -> None:
+    plain, named = write("ln_tuning", 1), write("ln_tuning", 2)
+    expected = held(blend({plain: 0.5, named: 0.5}).folder)
+    path = named / "adapter_model.safetensors"
+    own = load_file(path)
+    save_file({k.replace(".weight", ".default.weight"): t for k, t in own.items()}, path)
+    made = blend({plain: 0.5, named: 0.5})
+    assert not any(".default" in stored.key for stored in made.adapter.tensors.values())
+    found = held(made.folder)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[place], tensor) for place, tensor in expected.items())
+    config = json.loads((plain / "adapter_config.json").read_text())
+    for folder in (plain, named):
+        text = json.dumps(config | {"modules_to_save": ["lm_head"]})
+        (folder / "adapter_config.json").write_text(text)
+    with pytest.raises(InvalidError, match="name in its keys, and saved modules"):
+        blend({plain: 0.5, named: 0.5})
