@@ -38,7 +38,8 @@ class Options:
     allow_fields: unknown config fields that change nothing. dialect: "exact" adds the deltas;
     "peft" lets a DoRA rescale what was activated before it, as PEFT does. virtual_outputs: outputs
     have the positions of virtual tokens in front, as PEFT's have. slots, max_rank: adapters, and
-    ranks of each, that memory is reserved for.
+    ranks of each, that memory is reserved for. budget: of memory, such as "2GiB": adapters that
+    are named and not attached are loaded from the registry, and evicted when others need the room.
     """
 
     registry: Registry | None = None
@@ -49,6 +50,7 @@ class Options:
     virtual_outputs: bool = False
     slots: int | None = None
     max_rank: int | None = None
+    budget: str | int | None = None
 
     def __post_init__(self) -> None:
         if self.dialect not in DIALECTS:

@@ -20,6 +20,10 @@ class Banks:
         self.of: dict[str, Bank] = {}
         self._modules, self._slots = modules, slots
 
+    def reserve(self, slots: int) -> None:
+        """For banks that are not there yet."""
+        self._slots = max(slots, 1)
+
     def clear(self) -> None:
         self.of.clear()
 

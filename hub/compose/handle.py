@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import nn
 
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import weighing
-from adapterkit.hub.compose.admit import Options, admit
+from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Block, Setup
+from adapterkit.hub.compose.demand import Counters
 from adapterkit.hub.compose.engine import Engine, Ready, key_of
 from adapterkit.hub.compose.fusions import joined_by, require_composed, require_unused
-from adapterkit.hub.compose.groups import Groups, group_of
-from adapterkit.hub.compose.lowering import Bound, Lowered, lower
-from adapterkit.hub.compose.origin import Origin
+from adapterkit.hub.compose.here import Turn
+from adapterkit.hub.compose.lowering import Bound, Lowered
 from adapterkit.hub.compose.saving import recipe_of, write
+from adapterkit.hub.compose.stock import Stock
 from adapterkit.hub.findings import clean
 from adapterkit.hub.locate import Source, locate
 from adapterkit.hub.recipes import Recipe, is_recipe
-from adapterkit.hub.sources import Folder
-from adapterkit.hub.unfold import unfold
-from adapterkit.registry.errors import ConflictError, InvalidError, NotFoundError
+from adapterkit.registry.errors import ConflictError, InvalidError
 
 if TYPE_CHECKING:
     from adapterkit.hub.merge.fidelity import MergeReport
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # The handle lies on the model itself: whoever drops the model drops its adapters.
 HANDLE = "adapterkit_adapters"
 Row = str | Mapping[str, float] | None
+
 
 @dataclass(frozen=True)
 class Report(Sequence[Bound]):
@@ -61,21 +62,17 @@ class Adapters:
 
     def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
         self._model, self._base, self._options = model, base, options
-        self._modules = dict(model.named_modules())
-        self._lowered: dict[str, Lowered] = {}
-        self._folders: dict[str, Folder] = {}
-        self._groups = Groups()
         self._given = Setup({})  # as it was asked for, with the names of recipes
         self._engine = Engine(model, base, options)
+        self._stock = Stock(model, base, options, self._engine)
         self._active = Setup({})
-        self._origin = Origin(base.name)
-        self._own_heads: set[str] = set()  # that only adapters have: random until one is active
+        self._turn = Turn()
         self._detached = False
         self._merged: Merged | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._groups.shown(self._lowered))
+        return self._stock.names
 
     @property
     def active(self) -> Mapping[str, float]:
@@ -86,10 +83,10 @@ class Adapters:
     def report(self) -> Mapping[str, Report]:
         """For each adapter, every tensor of its file and what it was bound to, and its bytes; for a
         recipe, those of its parts."""
-        return {name: self._report(self._groups.of(name)) for name in self.names}
+        return {name: self._report(self._stock.groups.of(name)) for name in self.names}
 
     def _report(self, names: Sequence[str]) -> Report:
-        found = [self._lowered[name] for name in names]
+        found = [self._stock.lowered[name] for name in names]
         bound = tuple(row for lowered in found for row in lowered.bound)
         return Report(bound, sum(lowered.size for lowered in found))
 
@@ -98,106 +95,73 @@ class Adapters:
         """What is active, by the digests of versions. Raises InvalidError naming what came from a
         folder."""
         block = self._active.block if self._active.is_composed else None
-        return recipe_of(self._active, self._folders, block, self._options.dialect)
+        return recipe_of(self._active, self._stock.folders, block, self._options.dialect)
 
     def save(self, path: str | Path) -> Path:
         """Write the recipe into a new file, for `adapter add FILE NAME`."""
         return write(self.recipe, Path(path))
 
+    @property
+    def counters(self) -> Counters:
+        """Of what was loaded on demand; all 0 without a budget."""
+        demand = self._stock.demand
+        if demand is None:
+            return Counters()
+        return replace(demand.counters, held=sum(demand.sizes.values()))
+
     def joined(self, name: str) -> tuple[str, ...]:
         """The adapters that the fusion of that name joins; () for any other adapter."""
-        self._known([name])
-        return () if name in self._groups.held else joined_by(self._lowered[name])
+        self._stock.require([name])
+        return () if name in self._stock.groups.held else joined_by(self._stock.lowered[name])
 
     def add(self, name: str, source: Source) -> None:
         """Attaches one more, inactive; a recipe is all its parts under one name. Raises
         ConflictError if the name is taken, MismatchError with all findings if it does not fit; then
         nothing has changed."""
         self._require_attached()
-        folder = locate(source, self._options.registry)
-        if not is_recipe(folder):
-            self._add([name], [folder])
-            return
-        unfolded = unfold(folder, self._options.registry)
-        if unfolded.dialect != self._options.dialect:
-            raise InvalidError(
-                f"{clean(name)} is a recipe in the dialect {unfolded.dialect}",
-                hint=f"attach(..., dialect={unfolded.dialect!r})",
-            )
-        group = group_of(name, unfolded)
-        self._add([name, *group.members], [None, *(leaf.folder for leaf in unfolded.leaves)])
-        self._groups.held[name] = group
-
-    def _add(self, names: Sequence[str], folders: Sequence[Folder | None]) -> None:
-        """Lowers all before one is attached. folders: None for a name of several."""
-        taken = [clean(n) for n in names if n in self._lowered or n in self._groups.held]
-        if taken:
-            raise ConflictError(f"an adapter is attached as {', '.join(taken)} already")
-        pairs = [(n, f) for n, f in zip(names, folders, strict=True) if f is not None]
-        made = {name: self._lower(folder) for name, folder in pairs}
-        self._keep(made)
-        self._folders |= dict(pairs)
-
-    def _keep(self, made: Mapping[str, Lowered]) -> None:
-        """Into the banks, beside those that are there; where one has to grow, all move."""
-        moved = False
-        for name, lowered in made.items():
-            self._lowered[name], grew = self._engine.updates.banks.keep(lowered)
-            moved |= grew
-        if not moved:
-            return
-        for name, lowered in self._lowered.items():
-            self._engine.updates.forget(lowered)
-            self._lowered[name] = self._engine.updates.banks.moved(lowered)
-        self._engine.forget()
-        self._reactivate()
+        with self._turn:
+            if self._stock.add(name, source):
+                self._reactivate()
 
     def _reactivate(self) -> None:
         """What is active, made anew from where its factors lie now."""
-        self._engine.switch(self._engine.ready(self._active, self._given, self._lowered))
-
-    def _lower(self, folder: Folder) -> Lowered:
-        adapter = admit(folder, self._base, self._modules, self._options)
-        lowered = lower(adapter, self._base, self._modules, self._options.dtype)
-        heads = weighing.whole_modules(lowered)
-        self._own_heads |= {head for head in heads if not self._origin.brings(head)}
-        return lowered
+        self._engine.switch(self._engine.ready(self._active, self._given, self._stock.lowered))
 
     def remove(self, name: str) -> None:
         """Forgets one; the others stay as active as they were. Raises ConflictError if the active
-        composition names it: what would be left of that is not said."""
-        self._known([name])
-        members = self._groups.of(name)
-        if self._active.is_composed:
-            for member in members:
-                require_unused(member, self._active, self._lowered)
-        else:
-            self.activate({other: w for other, w in self._given.items() if other != name})
-        self._engine.forget()
-        for member in members:
-            self._engine.free(self._lowered.pop(member))
-            del self._folders[member]
-        self._groups.held.pop(name, None)
+        composition names it, as what would be left of that is not said, or rows of a thread do."""
+        with self._turn:
+            self._stock.require([name])
+            members = self._stock.groups.of(name)
+            if any(map(self._stock.pinned, members)):
+                raise ConflictError(f"{clean(name)} is what rows of a batch are routed to")
+            if self._active.is_composed:
+                for member in members:
+                    require_unused(member, self._active, self._stock.lowered)
+            else:
+                self.activate({other: w for other, w in self._given.items() if other != name})
+            self._stock.drop(name)
 
     def swap(self, name: str, source: Source) -> None:
         """Another adapter under the same name, at the same weight, and in the same memory if it is
-        of the same shape. Raises as `add` does; then nothing has changed."""
+        of the same shape. Raises as `add` and `remove` do; then nothing has changed."""
         self._require_attached()
-        self._known([name])
         folder = locate(source, self._options.registry)
-        if name in self._groups.held or is_recipe(folder):
-            raise InvalidError(
-                f"{clean(name)} is swapped with one adapter for another, found a recipe",
-                hint="remove it, and add the other",
-            )
-        made = self._lower(folder)
-        before = self._lowered[name], self._folders[name]
-        self._require_ready(self._active, {**self._lowered, name: made})
-        self._engine.forget()
-        self._engine.free(before[0])
-        self._folders[name] = folder
-        self._keep({name: made})
-        self._reactivate()
+        with self._turn:
+            self._stock.require([name])
+            if name in self._stock.groups.held or is_recipe(folder):
+                raise InvalidError(
+                    f"{clean(name)} is swapped with one adapter for another, found a recipe",
+                    hint="remove it, and add the other",
+                )
+            if self._stock.pinned(name):
+                raise ConflictError(f"{clean(name)} is what rows of a batch are routed to")
+            made = self._stock.lower(folder)
+            self._require_ready(self._active, {**self._stock.lowered, name: made})
+            self._stock.drop(name)
+            self._stock.folders[name] = folder
+            self._stock.keep({name: made})
+            self._reactivate()
 
     def activate(self, weights: Mapping[str, float] | Sequence[str] | Block) -> None:
         """Makes the model the base plus sum of weight * adapter; names left out are 0.
@@ -207,37 +171,57 @@ class Adapters:
         its parts.
         """
         self._require_attached()
-        key = key_of(weights)
+        self._prefetch([weights])
+        with self._turn:
+            ready = self._made(("weights", key_of(weights)), partial(self._ready, weights))
+            self._engine.switch(ready)
+            self._active, self._given = ready.setups[0], ready.given
+
+    def _made(self, key: tuple[str, Any], make: Callable[[], Ready]) -> Ready:
+        """What was made ready for the same before, or is now."""
         try:
-            ready = self._engine.found(key) if key is not None else None
-        except TypeError:  # a value that nothing can be looked up by is no weight either
-            key = ready = None
-        if ready is None:
-            ready = self._ready(weights)
-            if key is not None:
-                self._engine.hold(key, ready)
-        self._engine.switch(ready)
-        self._active, self._given = ready.setups[0], ready.given
+            ready = self._engine.found(key)
+        except TypeError:  # a value that nothing can be looked up by
+            return make()
+        if ready is not None:
+            if self._stock.demand is not None:
+                self._stock.demand.named(ready.names)
+            return ready
+        ready = make()
+        if key[1] is not None:
+            self._engine.hold(key, ready)
+        return ready
 
     def _ready(self, weights: Mapping[str, float] | Sequence[str] | Block) -> Ready:
         asked = weighing.parse(weights)
-        self._known(asked)
+        self._summon(asked)
+        self._stock.require(asked)
         active = self._setup(weights, asked)
         given = Setup({name: weight for name, weight in asked.items() if weight})
-        return self._engine.ready(active, given, self._lowered)
+        return self._engine.ready(active, given, self._stock.lowered)
+
+    def _prefetch(self, rows: Iterable[Any]) -> None:
+        """Reads what is not here, while other threads go on."""
+        if self._stock.demand is not None:
+            named = ((row,) if isinstance(row, str) else row or () for row in rows)
+            self._stock.prefetch({name for row in named for name in row if isinstance(name, str)})
+
+    def _summon(self, names: Collection[str]) -> None:
+        if self._stock.summon(names, self._active):
+            self._reactivate()
 
     def _setup(
         self, weights: Mapping[str, float] | Sequence[str] | Block, asked: Mapping[str, float]
     ) -> Setup:
         """Weights over attached adapters, once nothing speaks against them."""
-        meant = self._groups.meant(weights, asked)
+        meant = self._stock.groups.meant(weights, asked)
         active = weighing.setup(meant, weighing.parse(meant))
-        self._require_ready(active, self._lowered)
+        self._require_ready(active, self._stock.lowered)
         return active
 
     def _require_ready(self, active: Setup, lowered: Mapping[str, Lowered]) -> None:
         weighing.require_usable(active, lowered, self._options.dialect)
-        weighing.require_whole(active, lowered, self._own_heads)
+        weighing.require_whole(active, lowered, self._stock.own_heads)
         require_composed(active, lowered)
 
     @contextmanager
@@ -249,33 +233,37 @@ class Adapters:
         other rows, and naming a module where it cannot be told which row is which.
         """
         self._require_attached()
-        key = ("rows", key_of(rows)) if type(rows) is list else None
+        self._prefetch(rows)
+        with self._turn:
+            ready = self._made(("rows", key_of(rows)), partial(self._routes, rows))
+            pin = self._stock.pin(ready.names)
+            pin.__enter__()
         try:
-            ready = self._engine.found(key) if key is not None else None
-        except TypeError:
-            key = ready = None
-        if ready is None:
-            ready = self._routes(rows)
-            if key is not None:
-                self._engine.hold(key, ready)
-        with self._engine.bound(ready):
-            yield
+            with self._engine.bound(ready):
+                yield
+        finally:
+            pin.__exit__(None, None, None)
 
     def _routes(self, rows: Sequence[Row]) -> Ready:
         if isinstance(rows, str | Mapping) or not rows:
             raise InvalidError(f"rows are {rows!r}, expected one entry for each row of the batch")
+        asked = [
+            weighing.parse({} if row is None else [row] if isinstance(row, str) else row)
+            for row in rows
+        ]
+        every = dict.fromkeys(name for row in asked for name in row)
+        self._summon(every)
+        self._stock.require(every)
         setups: dict[tuple[tuple[str, float], ...], Setup] = {}
         of: list[int] = []
-        for row in rows:
-            asked = weighing.parse({} if row is None else [row] if isinstance(row, str) else row)
-            key = tuple(asked.items())
+        for row in asked:
+            key = tuple(row.items())
             if key not in setups:
-                self._known(asked)
-                setups[key] = self._setup(asked, asked)
+                setups[key] = self._setup(row, row)
                 if setups[key].is_composed:
                     raise InvalidError(f"rows are routed to sums of adapters, found {row!r}")
             of.append(list(setups).index(key))
-        return self._engine.by_rows(list(setups.values()), of, self._lowered)
+        return self._engine.by_rows(list(setups.values()), of, self._stock.lowered)
 
     def merge_(self, undo: str | None = "auto", *, min_gain: float = 0.5) -> MergeReport:
         """Puts what is active into the weights of the model; nothing is active afterwards.
@@ -292,7 +280,7 @@ class Adapters:
             raise InvalidError("what is merged is a sum of adapters, and none is active")
         active = dict(self._active)
         given = dict(self._given)
-        folders = {name: (self._folders[name], weight) for name, weight in active.items()}
+        folders = {name: (self._stock.folders[name], weight) for name, weight in active.items()}
         self.activate([])
         try:
             self._merged = merged(
@@ -318,7 +306,7 @@ class Adapters:
         if self._merged is not None and not self._merged.is_final:
             self.unmerge_()
         self._engine.remove()
-        self._lowered.clear()
+        self._stock.clear()
         self._active = self._given = Setup({})
         if vars(self._model).get(HANDLE) is self:
             del vars(self._model)[HANDLE]
@@ -339,10 +327,3 @@ class Adapters:
             raise ConflictError("adapters are merged into the weights", hint=hint)
         if self._detached:
             raise ConflictError("these adapters were detached", hint="attach to the model again")
-
-    def _known(self, names: Collection[str]) -> None:
-        known = self.names
-        unknown = [clean(str(name)) for name in names if name not in known]
-        if unknown:
-            held = ", ".join(known) or "nothing"
-            raise NotFoundError(f"no adapter is attached as {', '.join(unknown)}; attached: {held}")

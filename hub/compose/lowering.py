@@ -14,6 +14,7 @@ from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base, Module
 from adapterkit.hub.bases.spelling import Slot, spelled
 from adapterkit.hub.compose import experts
+from adapterkit.hub.compose.bank import Banked
 from adapterkit.hub.compose.model import weights_of
 from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.compose.placing import settle
@@ -52,9 +53,11 @@ class Lowered:
     @cached_property
     def size(self) -> int:
         """Bytes that its primitives hold, whatever they share counted once."""
-        held = (value for made in self.updates.values() for p in made for value in _tensors(p))
+        every = [primitive for made in self.updates.values() for primitive in made]
+        banked = [t for p in every if isinstance(p, Banked) for t in _tensors(p)]
+        held = (t for p in every if not isinstance(p, Banked) for t in _tensors(p))
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-        return sum(storages.values())
+        return sum(storages.values()) + sum(t.nbytes for t in banked)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from adapterkit.hub.compose.here import Current
 from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.compose.plan import Weighted
 from adapterkit.hub.primitives import (
@@ -99,9 +100,23 @@ def dense(w: Tensor, b: Tensor, updates: Sequence[tuple[float, Any]], x: Tensor)
     return rho * (x @ p.mT @ (w + change).mT + b + shift)
 
 
+class Only:
+    """A state in which one module has what is given."""
+
+    def __init__(self, plan: Any) -> None:
+        self.ready = {"": plan}
+
+
+def patched(module: nn.Module, updates: Sequence[tuple[float, Primitive]], **rule: bool) -> Patch:
+    current: Current[Only | None] = Current(None)
+    patch = Patch("", module, current)
+    plan = patch.fold([Weighted(w, p) for w, p in updates], **{"sequential": False, **rule})
+    current.switch(Only(plan))
+    return patch
+
+
 def run(module: nn.Module, updates: Sequence[tuple[float, Primitive]], x: Tensor) -> Tensor:
-    patch = Patch(module)
-    patch.plan = patch.fold([Weighted(w, p) for w, p in updates], sequential=False)
+    patch = patched(module, updates)
     found: Tensor = module(x)
     patch.remove()
     return found
@@ -207,7 +222,6 @@ def test_pefts_weighted_gains_are_sums_of_vectors() -> None:
     """`add_weighted_adapter` of its IA3: l = sum w l, not a product."""
     layer, x = linear(), torch.randn(2, N_IN)
     a, b = (OutputGain(torch.randn(N_OUT)) for _ in "ab")
-    patch = Patch(layer)
     expected = layer(x) * (0.6 * a.l + 0.4 * b.l)
-    patch.plan = patch.fold([Weighted(0.6, a), Weighted(0.4, b)], sequential=True, sum_gains=True)
+    patched(layer, [(0.6, a), (0.4, b)], sequential=True, sum_gains=True)
     torch.testing.assert_close(layer(x), expected)

@@ -289,8 +289,9 @@ def test_the_projections_of_vera_are_stored_once(
     folder = write(model, tmp_path / "a", "vera", 4, 0)
     with attach(model, {"a": folder}, dtype=dtype) as adapters:
         forwards = [vars(module).get("forward") for module in model.modules()]
-        plans = [made.__self__.plan for made in forwards if made is not None]
-        sums = [plan.sums for plan in plans if plan is not None]
+        patches = [made.__self__ for made in forwards if made is not None]
+        state = patches[0]._current.now
+        sums = [state.ready[patch.path].sums for patch in patches]
         assert len(sums) == len(linears(model)) > 1
         for factor in ("A", "B"):
             held = {getattr(each, factor).untyped_storage().data_ptr() for each in sums}
