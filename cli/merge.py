@@ -51,14 +51,18 @@ TITLES = ("PARAMETER", "FORMAT", "CHANGE", "GAIN", "COSINE", "ERROR", "BASE ERRO
     help="Stop when less of the adapters would survive in 8 or 4 bits; warn in other formats.",
 )  # fmt: skip
 @click.option(
+    "--correction-rank", type=click.IntRange(1), metavar="R",
+    help="Write a LoRA of this rank too, into DIR/correction, that holds what 8 or 4 bits lost.",
+)  # fmt: skip
+@click.option(
     "--allow-field", "allow_fields", metavar="NAME", multiple=True,
     help="Accept this config field although its meaning is unknown. Repeatable.",
 )  # fmt: skip
+@cluster_option
 @click.option("--dry-run", is_flag=True, help="Compute the report, and write nothing.")
 @click.option("--resume", is_flag=True, help="Go on where a merge into DIR was interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pass_app
-@cluster_option
 def command(
     app: App, /, sources: tuple[str, ...], base: str, output: Path | None, dry_run: bool,
     resume: bool, as_json: bool, cluster: str | None, **settings: Any,
@@ -71,7 +75,9 @@ def command(
 
     GAIN is the share of an adapter's change that survived the rounding to the format, COSINE how
     much of what happened to the weight is that change, ERROR the size of the difference over that
-    of the change, BASE ERROR the same of what the format does to the base alone.
+    of the change, BASE ERROR the same of what the format does to the base alone. With
+    --correction-rank they are those of the merged model with its correction attached, and the
+    report says whether the base with one blended adapter of that rank would be nearer.
     """
     if output is None and not dry_run:
         raise InvalidError("there is no folder to merge into", hint="-o DIR, or --dry-run")
@@ -116,11 +122,35 @@ def tell(app: App, made: MergeReport) -> None:
         say("the head is a table of its own now: tie_word_embeddings is false")
     for key in made.added:
         say(f"new: {key}")
+    if made.correction is not None:
+        tell_correction(made.correction)
     changed = count(len(made.parameters), "parameter")
     if made.folder is None:
         say(f"nothing written: {changed} would change")
     else:
         say(f"{made.folder}: {changed} changed, {size(made.size)} of weights")
+
+
+def tell_correction(found: Comparison) -> None:
+    """What it is worth, beside what else could be done."""
+    table(
+        ("CORRECTED", "GAIN", "COSINE", "LEFT"),
+        [
+            ("not", *survived(found.plain), ""),
+            (f"merged, with a correction of rank {found.rank}", *survived(found.corrected),
+             f"{found.left:.3f}"),
+            (f"not merged, with a blended adapter of rank {found.rank}", *survived(found.rival),
+             f"{found.rival_left:.3f}"),
+        ],
+    )  # fmt: skip
+    if found.better == "correction":
+        say("better: the merged model with its correction, DIR/correction")
+    else:
+        say(f"better: the base as it is, with one adapter: adapter blend --rank {found.rank}")
+
+
+def survived(of: Fidelity) -> tuple[str, str]:
+    return f"{of.gain:.3f}", f"{of.cosine:.3f}"
 
 
 def row(each: Fidelity) -> tuple[str, ...]:

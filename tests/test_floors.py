@@ -28,8 +28,8 @@ STEPS = {
         "check", "task", "norms", "frozen", "offline", "change", "reduce", "factored",
         "unfold", "laid_out",
     },
-    "model": {"compose", "gather", "generate", "load", "merge/fidelity", "merge/live", "merge/undo",
-              "merge/update"},
+    "model": {"compose", "gather", "generate", "load", "merge/fidelity", "merge/live",
+              "merge/rival", "merge/undo", "merge/update"},
     "outside": {
         "merge", "mixing", "made", "convert", "exporting", "express", "recipe_versions", "papers",
         "parts", "remotes", "diff", "sync", "ingest", "describe", "arrival", "demo",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from adapterkit.hub.bases.packed import constants_of
+from adapterkit.hub.blend.factors import Factors
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.merge.fidelity import Fidelity
 from adapterkit.hub.merge.jobs import COPY, PACK, Job, Output, is_stored_packed
@@ -22,10 +23,12 @@ from adapterkit.hub.workers import Crew, Task
 
 @dataclass(frozen=True)
 class Made:
-    """tensors: of the file, in order. row: what became of the adapters in them."""
+    """tensors: of the file, in order. row: what became of the adapters in them. factors: of the
+    correction, by module."""
 
     tensors: Sequence[tuple[Spec, bytes]]
     row: Fidelity | None
+    factors: Mapping[str, Factors]
 
 
 class Kept:
@@ -33,12 +36,16 @@ class Kept:
 
     def __init__(self) -> None:
         self.tensors: list[tuple[Spec, bytes]] = []
+        self.factors: dict[str, Factors] = {}
 
     def add(self, spec: Spec, blocks: Iterable[memoryview]) -> None:
         self.tensors.append((spec, b"".join(blocks)))
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         self.add(Spec.of(name, tensor), [as_bytes(tensor)])
+
+    def add_factors(self, row: str, factors: Factors) -> None:
+        self.factors[row] = factors
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +58,7 @@ class Making:
     def __call__(self, job: Job) -> Made:
         sink = Kept()
         row = self.maker.run(job, sink if self.written else None)
-        return Made(sink.tensors, row)
+        return Made(sink.tensors, row, sink.factors)
 
 
 class FarMaker:
@@ -75,6 +82,8 @@ class FarMaker:
         if writer is not None:
             for spec, data in made.tensors:
                 writer.add(spec, [memoryview(data)])
+            for row, factors in made.factors.items():
+                writer.add_factors(row, factors)
         return made.row
 
 

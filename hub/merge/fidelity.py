@@ -12,13 +12,16 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from adapterkit.hub.findings import clean
 from adapterkit.registry.errors import AdapterError, AdapterWarning
+
+if TYPE_CHECKING:
+    from adapterkit.hub.merge.rival import Comparison
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Fidelity:
 
     name: the parameter at run time. format: what it is stored as (float32, bfloat16, nf4, int8).
     base: |W|^2, delta: |D|^2, lost: |applied - D|^2, kept: <applied - D, D>, own: |Q(W) - W|^2, the
-    base's own loss in that format.
+    base's own loss in that format. correction: where there is one, what is stored means both.
     """
 
     name: str
@@ -37,6 +40,7 @@ class Fidelity:
     lost: float = 0.0
     kept: float = 0.0
     own: float = 0.0
+    correction: Correction | None = None
 
     @property
     def gain(self) -> float:
@@ -74,7 +78,27 @@ class Fidelity:
 
 
 FIGURES = ("gain", "cosine", "error", "own_error")
-SUMS = tuple(field.name for field in fields(Fidelity) if field.name not in ("name", "format"))
+SUMS = tuple(field.name for field in fields(Fidelity) if field.type == "float")
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What else could have been done with a parameter that is corrected by a LoRA of a rank.
+
+    plain: codes without one. rival: the base, quantized, and a blended adapter of that rank. left,
+    rival_left: |result - what was wanted|^2 of the correction and of the rival.
+    """
+
+    plain: Fidelity
+    rival: Fidelity
+    left: float
+    rival_left: float
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Correction:
+        """As `asdict` has it."""
+        plain, rival = (Fidelity(**record[name]) for name in ("plain", "rival"))
+        return cls(plain, rival, record["left"], record["rival_left"])
 
 
 # Of a block, by the names of the sums of Fidelity.
@@ -113,7 +137,7 @@ class Measure:
 
     def __init__(self, name: str, format_: str) -> None:
         self.name, self.format = name, format_
-        self._sums: Sums = dict.fromkeys(SUMS, 0.0)
+        self._sums: dict[str, Any] = dict.fromkeys(SUMS, 0.0)
 
     def add(self, found: Sums) -> None:
         self._sums = added(self._sums, found)
@@ -122,10 +146,19 @@ class Measure:
         return Fidelity(self.name, self.format, **self._sums)
 
 
+def measured(
+    name: str, format_: str, w: Tensor, target: Tensor, stored: Tensor, base: Tensor | None = None
+) -> Fidelity:
+    """Of a parameter as a whole, see `sums`."""
+    measure = Measure(name, format_)
+    measure.add(sums(w, target, stored, base))
+    return measure.result()
+
+
 def together(every: Iterable[Fidelity], name: str = "in all", format_: str = "") -> Fidelity:
     held = list(every)
-    sums = {each: math.fsum(getattr(one, each) for one in held) for each in SUMS}
-    return Fidelity(name, format_, **sums)
+    total: dict[str, Any] = {s: math.fsum(getattr(one, s) for one in held) for s in SUMS}
+    return Fidelity(name, format_, **total)
 
 
 @dataclass(frozen=True)
@@ -137,6 +170,7 @@ class MergeReport:
     what was written.
     added: tensors that the base's files do not have. untied: whether a tied head became its own.
     size: bytes of the weights written. recipe: inputs by digest, weights, settings, tool version.
+    correction: beside its rival, where parameters are corrected.
     """
 
     folder: Path | None
@@ -148,6 +182,7 @@ class MergeReport:
     added: tuple[str, ...] = ()
     untied: bool = False
     size: int = 0
+    correction: Comparison | None = None
 
     @property
     def total(self) -> Fidelity:
@@ -174,7 +209,7 @@ class MergeReport:
     def record(self) -> dict[str, Any]:
         """The JSON form: stable names."""
         known = asdict(self)
-        for name in ("folder", "parameters", "recipe"):
+        for name in ("folder", "parameters", "recipe", "correction"):
             del known[name]
         return {
             "folder": None if self.folder is None else str(self.folder),
@@ -183,6 +218,7 @@ class MergeReport:
             "added": list(self.added),
             "total": self.total.record(),
             "guarded": self.guarded.record(),
+            "correction": None if self.correction is None else self.correction.record(),
             "parameters": [each.record() for each in self.parameters],
             "recipe": dict(self.recipe),
         }
@@ -202,7 +238,8 @@ def guarded(report: MergeReport, min_gain: float, *, stop: bool) -> MergeReport:
     )
     advice = (
         "write bf16: --quantize none --dtype bfloat16, or keep the base as it is and attach one"
-        " adapter that is blended of these; --min-gain 0 merges all the same"
+        " adapter that is blended of these, or correct it: --correction-rank R;"
+        " --min-gain 0 merges all the same"
     )
     if found.is_quantized and stop:
         raise AdapterError(about, hint=advice)

@@ -35,7 +35,8 @@ class Job:
 @dataclass(frozen=True, eq=False)
 class Output:
     """What is written. dtype: of dense tensors, None for each its own. scheme: of those in
-    `packed`, which are modules; None where nothing is quantized."""
+    `packed`, which are modules; None where nothing is quantized. correction_rank: of the LoRA that
+    holds what that loses; None for none."""
 
     base: Base
     lowering: Lowering
@@ -45,6 +46,7 @@ class Output:
     scheme: Scheme | None = None
     packed: frozenset[str] = frozenset()
     added: tuple[Added, ...] = ()
+    correction_rank: int | None = None
     hidden: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,7 +13,8 @@ from adapterkit.hub.bases.base import EXPERTS, Module
 from adapterkit.hub.compose.plan import Weighted
 from adapterkit.hub.findings import clean
 from adapterkit.hub.headers import Stored
-from adapterkit.hub.merge.fidelity import Fidelity, Measure, is_finite, sums
+from adapterkit.hub.merge.correction import corrected, rival, squared
+from adapterkit.hub.merge.fidelity import Correction, Fidelity, Measure, is_finite, measured
 from adapterkit.hub.merge.jobs import COPY, PACK, Job, Output
 from adapterkit.hub.merge.places import Place
 from adapterkit.hub.merge.shard import Sink, as_bytes
@@ -103,10 +106,9 @@ class Maker:
         if writer is not None:
             writer.add(spec, [as_bytes(made)])
         row = self.output.row(place)
-        measure = Measure(place.name(row), WORDS[made.dtype])
         wanted = only.T.double()
-        measure.add(sums(torch.zeros_like(wanted), wanted, made.double()))
-        return measure.result()
+        nothing = torch.zeros_like(wanted)
+        return measured(place.name(row), WORDS[made.dtype], nothing, wanted, made.double())
 
     def _pieces(self, place: Place, updates: list[Weighted]) -> list[Piece]:
         row = self.output.row(place)
@@ -140,9 +142,8 @@ class Maker:
             writer.add(spec, [as_bytes(made)])
         if not moved:
             return None
-        measure = Measure(place.name(row), WORDS[dtype])
-        measure.add(sums(bias.double(), wanted, made.double()))
-        return measure.result()
+        name = place.name(row)
+        return measured(name, WORDS[dtype], bias.double(), wanted, made.double())
 
     def _stream(
         self, job: Job, place: Place, pieces: list[Piece], writer: Sink | None
@@ -193,9 +194,8 @@ class Maker:
             writer.add(spec, [as_bytes(found)])
         if update.is_empty:
             return None
-        measure = Measure(place.name(self.output.row(place)), WORDS[dtype])
-        measure.add(sums(w, target, found.float(), w.to(dtype).float()))
-        return measure.result()
+        name = place.name(self.output.row(place))
+        return measured(name, WORDS[dtype], w, target, found.float(), base=w.to(dtype).float())
 
     def _pack(
         self, job: Job, place: Place, update: Update, writer: Sink | None
@@ -213,13 +213,25 @@ class Maker:
         target = update.applied(w)
         self._require_finite(place, target)
         w, target = (w.mT, target.mT) if turned else (w, target)
-        packed = pack(job.key, target, scheme, dtype)
+        again = partial(pack, job.key, scheme=scheme, dtype=dtype)
+        packed = again(target)
+        is_so_already = self._is_packed(job) and scheme == Scheme.of(self.output.base.quantization)
+        base = w if is_so_already else again(w.to(dtype)).values
+        found = partial(measured, place.name(row), scheme.method, w, target, base=base)
+        rank = self.output.correction_rank
+        if rank is None:
+            if writer is not None:
+                self._emit(writer, packed.tensors)
+            return found(packed.values)
+        best = corrected(target, packed, rank, again)
+        factors = None if turned else update.factors
+        other = rival(base, factors or target - w, rank)
         if writer is not None:
-            self._emit(writer, packed.tensors)
-        base = pack(job.key, w.to(dtype), scheme, dtype).values
-        measure = Measure(place.name(row), scheme.method)
-        measure.add(sums(w, target, packed.values, base))
-        return measure.result()
+            self._emit(writer, best.packed.tensors)
+            writer.add_factors(place.row, best.factors)
+        left = squared(other - target)
+        correction = Correction(found(packed.values), found(other), best.left, left)
+        return replace(found(best.values), correction=correction)
 
     def _emit(self, writer: Sink, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():

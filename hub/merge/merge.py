@@ -10,13 +10,15 @@ from typing import Any
 
 from adapterkit.hub.bases.folder import CONFIG
 from adapterkit.hub.bases.weights import INDEX
-from adapterkit.hub.merge import carried
+from adapterkit.hub.merge import beside, carried
+from adapterkit.hub.merge.beside import FOLDER
 from adapterkit.hub.merge.far import AnyMaker, maker_of
 from adapterkit.hub.merge.fidelity import Fidelity, MergeReport, guarded
 from adapterkit.hub.merge.given import Adapters
 from adapterkit.hub.merge.jobs import PACK, Job
 from adapterkit.hub.merge.options import Options
 from adapterkit.hub.merge.planning import Plan, plan
+from adapterkit.hub.merge.rival import compared
 from adapterkit.hub.merge.shard import shard_writer
 from adapterkit.hub.merge.stage import Done, Stage, staged
 from adapterkit.hub.reduce import single_thread
@@ -54,7 +56,10 @@ class Task:
                 rows.append(maker.run(job, writer))
                 self._tell(job, progress)
             written = writer.finish()
-        return Done(self.file, written, tuple(row for row in rows if row is not None))
+        digest, rank = "", output.correction_rank
+        if writer.factors and rank is not None:
+            digest = beside.keep(files, folder.parent / FOLDER / self.file, writer.factors, rank)
+        return Done(self.file, written, tuple(row for row in rows if row is not None), digest)
 
     def measured(self, progress: Progress | None, maker: AnyMaker) -> list[Fidelity]:
         """What writing it would do to the adapters."""
@@ -139,6 +144,7 @@ def _report(made: Plan, folder: Path | None, rows: Sequence[Fidelity], size: int
         tuple(one.key for one in made.output.added),
         made.untied,
         size,
+        compared(rows, made.options.correction_rank),
     )
 
 
@@ -153,4 +159,8 @@ def _finish(made: Plan, stage: Stage, report: MergeReport) -> None:
         total = sum(one.written.size - one.written.header for one in stage.done.values())
         carried.write(files, folder / INDEX, carried.index(where, total))
     record = {"recipe": dict(report.recipe), "fidelity": report.total.record()}
+    if report.correction is not None:
+        parts = [stage.correction(name) for name, one in stage.done.items() if one.correction]
+        digests = beside.write(files, made, parts, folder, stage.target)
+        record["correction"] = {**report.correction.record(), "files": digests}
     carried.write(files, folder / carried.RECORD, carried.text(record))

@@ -24,7 +24,7 @@ from adapterkit.hub.merge.places import added, places
 from adapterkit.hub.quant.packing import Scheme
 from adapterkit.hub.quant.stored import DTYPES
 from adapterkit.hub.rooting import rooted
-from adapterkit.registry.errors import MismatchError
+from adapterkit.registry.errors import InvalidError, MismatchError
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +73,15 @@ def plan(adapters: Adapters, base: str | Path, options: Options) -> Plan:
     extra, untied = added(described, lowering)
     changes = _changes(found, stored, described, untied)
     scheme, packed = _packed(described, changes, options)
+    if scheme is None and options.correction_rank is not None:
+        raise InvalidError(
+            "correction_rank is of what 8 or 4 bits lose, and what is written is not quantized",
+            hint="--quantize nf4, or leave out --correction-rank",
+        )
     output = Output(
         described, lowering, ground, places(described),
         dtype=DTYPES.get(options.dtype or ""), scheme=scheme, packed=packed, added=tuple(extra),
+        correction_rank=options.correction_rank,
     )  # fmt: skip
     config = merged_config(described, changes, scheme, options.dtype)
     recipe = _recipe(every, described, onto, scheme, options)
@@ -152,6 +158,8 @@ def _recipe(
         "dialect": options.dialect,
         "min_gain": options.min_gain,
     }
+    if options.correction_rank is not None:
+        parameters["correction_rank"] = options.correction_rank
     if options.allow_fields:
         parameters["allow_fields"] = sorted(options.allow_fields)
     return {

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, Protocol
 
 from torch import Tensor
 
+from adapterkit.hub.blend.factors import Factors
 from adapterkit.hub.headers import DTYPE_BITS
 from adapterkit.hub.quant.packing import NAMES
 from adapterkit.registry.files import Files
@@ -66,12 +67,17 @@ class Sink(Protocol):
 
     def add_tensor(self, name: str, tensor: Tensor) -> None: ...
 
+    def add_factors(self, row: str, factors: Factors) -> None:
+        """Of the correction of a module; they come into a file of their own."""
+        ...
+
 
 class ShardWriter:
     """packs: tensors whose size is no multiple of 8 come last, so that all are aligned."""
 
     def __init__(self, files: Files, file: BinaryIO, reserved: int, packs: bool) -> None:
         self._files, self._file, self._reserved, self._packs = files, file, reserved, packs
+        self.factors: dict[str, Factors] = {}
         self._hash = hashlib.sha256()
         self._entries: dict[str, Any] = {}
         self._late: list[tuple[Spec, bytes]] = []
@@ -92,6 +98,9 @@ class ShardWriter:
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         self.add(Spec.of(name, tensor), [as_bytes(tensor)])
+
+    def add_factors(self, row: str, factors: Factors) -> None:
+        self.factors[row] = factors
 
     def _enter(self, spec: Spec) -> None:
         offsets = [self._end, self._end + spec.size]

@@ -2,6 +2,7 @@
 
     .NAME.merge/plan.json      what is being made; a merge that goes on has to have the same
     .NAME.merge/journal        one line for each file that is finished, with its digest
+    .NAME.merge/correction/    what each file adds to the correction, where there is one
     .NAME.merge/files/         what becomes NAME at the end, by one rename
 """
 
@@ -15,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adapterkit.hub.merge.fidelity import Fidelity
+from adapterkit.hub.merge.beside import FOLDER, is_kept
+from adapterkit.hub.merge.fidelity import Correction, Fidelity
 from adapterkit.hub.merge.shard import Written, digest_of
 from adapterkit.registry.errors import AdapterError, ConflictError
 from adapterkit.registry.files import Files, storage_errors, write_new
@@ -23,11 +25,13 @@ from adapterkit.registry.files import Files, storage_errors, write_new
 
 @dataclass(frozen=True)
 class Done:
-    """One file, and what became of the parameters in it."""
+    """One file, and what became of the parameters in it. correction: the sha256 of what it adds to
+    the correction, "" for nothing."""
 
     file: str
     written: Written
     parameters: tuple[Fidelity, ...]
+    correction: str = ""
 
 
 class Stage:
@@ -73,10 +77,21 @@ class Stage:
             written = Written(
                 found["size"], found["header"], found["digest"], tuple(found["names"])
             )
-            path = self.folder / found["file"]
-            if path.is_file() and digest_of(self.files, path) == (written.size, written.digest):
-                rows = tuple(Fidelity(**row) for row in found["parameters"])
-                yield found["file"], Done(found["file"], written, rows)
+            done = Done(found["file"], written, tuple(map(_row, found["parameters"])),
+                        found["correction"])  # fmt: skip
+            if self._is_whole(done):
+                yield done.file, done
+
+    def _is_whole(self, done: Done) -> bool:
+        path, factors = self.folder / done.file, self.correction(done.file)
+        if done.correction and not is_kept(self.files, factors, done.correction):
+            return False
+        whole = (done.written.size, done.written.digest)
+        return path.is_file() and digest_of(self.files, path) == whole
+
+    def correction(self, file: str) -> Path:
+        """Where the part of the correction lies that belongs to a file."""
+        return self.root / FOLDER / file
 
     def finished(self, done: Done) -> None:
         """A file is on the disk: a merge that goes on will not make it again."""
@@ -85,6 +100,7 @@ class Stage:
             "file": done.file,
             **asdict(done.written),
             "parameters": [asdict(row) for row in done.parameters],
+            "correction": done.correction,
         }
         journal = self.root / "journal"
         with journal.open("ab", buffering=0) as file:
@@ -102,6 +118,11 @@ class Stage:
             raise
         self.files.fsync_folder(self.target.parent)
         self.files.remove_tree(self.root)
+
+
+def _row(record: Mapping[str, Any]) -> Fidelity:
+    found = record["correction"]
+    return Fidelity(**{**record, "correction": None if found is None else Correction.read(found)})
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -70,7 +70,7 @@ def changed(stored: Stored, pieces: Iterable[Piece], dtype: torch.dtype) -> Iter
 
 def _ordered(
     pool: ThreadPoolExecutor, calls: Iterable[Callable[[], Made]]
-) -> Iterator[Made]:
+) -> Generator[Made, None, None]:
     waiting: deque[Future[Made]] = deque()
     try:
         for call in calls:

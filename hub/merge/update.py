@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.hub.bases.base import CONV1D, EMBEDDING, Module
+from adapterkit.hub.blend.factors import Factors
 from adapterkit.hub.compose import gains, replacing
 from adapterkit.hub.compose.gains import Gains, rotate
 from adapterkit.hub.compose.plan import Replacement, Sums, Weighted, fold, split
@@ -48,6 +49,13 @@ class Update:
     def is_empty(self) -> bool:
         held = (self.left, self.D, self.g)
         return not self.replaced and self.gains.is_empty and all(each is None for each in held)
+
+    @property
+    def factors(self) -> Factors | None:
+        """As the file lies; None where anything else changes too."""
+        if self.left is None or self.right is None or not replace(self, left=None).is_empty:
+            return None
+        return Factors(self.left, self.right)
 
     @property
     def is_whole(self) -> bool:

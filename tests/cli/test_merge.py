@@ -76,3 +76,24 @@ def test_an_adapter_of_another_base_is_refused(run, sql, fixtures, tmp_path):
     done = run("merge", sql, "--base", fixtures / "bases/gpt2", "-o", tmp_path / "out", code=6)
     assert "does not belong" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_correction_is_written_and_set_beside_its_rival(run, run_json, sql, llama, tmp_path):
+    arguments = ("merge", sql, "--base", llama, "--quantize", "nf4", "--correction-rank", "2")
+    predicted = run(*arguments, "--dry-run").stdout
+    done = run(*arguments, "-o", tmp_path / "out").stdout
+    assert predicted.splitlines()[:-1] == done.splitlines()[:-1]
+    lines = [line.split("  ")[0] for line in done.splitlines()]
+    assert "merged, with a correction of rank 2" in lines
+    assert "not merged, with a blended adapter of rank 2" in lines
+    assert any(line.startswith("better: ") for line in lines)
+    assert (tmp_path / "out/correction/adapter_model.safetensors").exists()
+    found = run_json(*arguments, "-o", tmp_path / "again")["correction"]
+    assert found["better"] in ("correction", "blend")
+    assert set(found["rival"]) >= {"gain", "cosine", "left"}
+
+
+def test_a_correction_of_a_merge_that_loses_nothing_is_refused(run, sql, llama, tmp_path):
+    arguments = ("merge", sql, "--base", llama, "--correction-rank", "2", "-o", tmp_path / "out")
+    done = run(*arguments, code=2)
+    assert "--quantize nf4" in done.stderr
