@@ -20,7 +20,8 @@ KINDS = "DynamicCache, or EncoderDecoderCache of two"
 
 @dataclass(frozen=True)
 class Held:
-    """Keys and values of one attention from all active prefixes.  k, v (heads, n, size)."""
+    """Keys and values of one attention from all active prefixes.  k, v (rows, heads, n, size), one
+    row for all or for each mix of a batch."""
 
     k: Tensor
     v: Tensor
@@ -70,13 +71,15 @@ def require_own(cache: Cache | None, activation: int | None) -> None:
 
 
 def fill(cache: Any, held: Mapping[int, Held], batch: int, dtype: torch.dtype) -> None:
-    """Writes them in front of whatever each layer will hold. held: layer -> keys and values."""
+    """Writes them in front of whatever each layer will hold. held: layer -> keys and values, of one
+    row or of all."""
     for layer in sorted(held):
-        k, v = (t.to(dtype).expand(batch, *t.shape) for t in (held[layer].k, held[layer].v))
+        both = (held[layer].k, held[layer].v)
+        k, v = (t.to(dtype).expand(batch, *t.shape[1:]) for t in both)
         cache.update(k, v, layer)
 
 
 def joined(parts: Sequence[Held]) -> Held:
     """One after the other."""
-    k, v = torch.cat([p.k for p in parts], dim=1), torch.cat([p.v for p in parts], dim=1)
+    k, v = torch.cat([p.k for p in parts], dim=2), torch.cat([p.v for p in parts], dim=2)
     return Held(k, v)

@@ -2,48 +2,43 @@
 
 They are written once, where a sequence starts: into the empty cache, and before the embedded
 tokens. From then on the cache has them, and every step only sees a longer mask and later positions.
+Of rows that are routed, those with less in front are padded: in front, where what follows counts
+from the end, and behind the last token in an encoder, which counts from the start.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from adapterkit.hub.bases.base import Base
-from adapterkit.hub.compose import caches, inputs, outputs
+from adapterkit.hub.compose import inputs, outputs
 from adapterkit.hub.compose.admit import Options
-from adapterkit.hub.compose.here import Current, Here
+from adapterkit.hub.compose.fronts import by_rows, standing
+from adapterkit.hub.compose.here import Current
 from adapterkit.hub.compose.inputs import Call
 from adapterkit.hub.compose.lowering import Lowered
-from adapterkit.hub.compose.possible import require_kept, require_possible
-from adapterkit.hub.compose.rows import Rows as Batch
+from adapterkit.hub.compose.onestack import OneStack
+from adapterkit.hub.compose.possible import (
+    body_of,
+    encodes,
+    labels_whole,
+    require_possible,
+    require_routable,
+)
+from adapterkit.hub.compose.rows import Rows
+from adapterkit.hub.compose.running import Running
 from adapterkit.hub.compose.sides import Sides
-from adapterkit.hub.compose.standing import Standing, standing
+from adapterkit.hub.compose.standing import Standing
 from adapterkit.hub.compose.swap import Forward, Swap
 from adapterkit.hub.compose.twostacks import TwoStacks
-from adapterkit.registry.errors import InvalidError, MismatchError
+from adapterkit.registry.errors import MismatchError
 
-CACHE, FLAGS, MASK, POSITIONS = "past_key_values", "block_flag", "attention_mask", "position_ids"
-EMBEDS, LENGTH = "inputs_embeds", "past_key_values_length"
-# (start, number) of rows that are no tokens
-Rows = list[tuple[int, int]]
-# Ends of the classes that label a sequence as a whole.
-WHOLE = ("ForSequenceClassification", "ForMultipleChoice")
-
-
-class Running(Here):
-    """The forward that runs. starts: whether it is the first of its sequence; entered: whether the
-    body took part in it; labels: whether it has labels, which virtual positions share."""
-
-    flags: object = None
-    starts: bool = False
-    entered: bool = False
-    labels: bool = False
+FLAGS = "block_flag"
+# End of the classes whose labels are not those of the next token.
+SAME = "ForTokenClassification"
 
 
 class Context:
@@ -58,21 +53,20 @@ class Context:
         self._sides = Sides(model, self.current)
         self._here = Running()
 
-    def plan(
-        self, active: Mapping[str, float], lowered: Mapping[str, Lowered]
-    ) -> Standing | None:
+    def plan(self, active: Mapping[str, float], lowered: Mapping[str, Lowered]) -> Standing | None:
         found = standing(self._model, self._base, active, lowered)
         if found is not None:
-            require_possible(self._model, self._body, found)
+            require_possible(self._model, found)
             if not self._swaps:
                 self._install()
             self._sides.install(found)
         return found
 
-    def route(self, states: Sequence[Standing | None], rows: Batch) -> Standing | None:
-        if any(state is not None for state in states):
-            raise InvalidError("prefixes and virtual tokens are not routed by rows")
-        return None
+    def route(self, states: Sequence[Standing | None], rows: Rows) -> Standing | None:
+        found = by_rows(states, rows)
+        if found is not None:
+            require_routable(self._model, found)
+        return found
 
     def remove(self) -> None:
         self._sides.remove()
@@ -80,47 +74,37 @@ class Context:
             swap.remove()
         self._swaps.clear()
 
-    @property
-    def _body(self) -> Any:
-        """What the model puts its head on: in some families the only stack of a pair."""
-        body = self._model.base_model
-        return body if self._is_pair else getattr(body, "decoder", body)
-
-    @property
-    def _names(self) -> set[str]:
-        return set(inspect.signature(self._body.forward).parameters)
-
-    @property
-    def _block(self) -> Any:
-        """What embeds the tokens and gives them positions, where that is one module."""
-        return getattr(self._body, "embeddings", None)
-
     def _install(self) -> None:
+        stack: OneStack | TwoStacks
         if self._is_pair:
-            stacks = TwoStacks(self._model, self._active, self._embedded)
-            self._swaps += stacks.install()
+            stack = TwoStacks(self._model, self._active, self._here)
         else:
-            self._swaps.append(Swap(self._body, self._run_body))
-            if self._block is not None:
-                self._swaps.append(Swap(self._block, self._run_block))
-        self._swaps.append(Swap(self._model, self._run_model, (FLAGS,)))
+            stack = OneStack(self._model, self._active, self._here, keep=self._keep)
+        self._swaps += [*stack.install(), Swap(self._model, self._run_model, (FLAGS,))]
 
     def _active(self) -> Standing | None:
         self._here.entered = True
         return self.current.now
+
+    @property
+    def _is_pair(self) -> bool:
+        return bool(self._model.config.is_encoder_decoder)
 
     def _run_model(self, original: Forward, call: Call) -> Any:
         """The whole model: what only it knows of the call."""
         self._here.flags, self._here.entered = call.pop(FLAGS, None), False
         found = self.current.now
         # a loss counts the first real token, which only the last virtual position foretells
-        rows = [] if found is None or self._whole or self._is_pair else _inserted(found)
-        if self._keep:
-            inputs.shift_spans(call, rows)
-        self._here.labels = bool(rows) and inputs.extend_labels(call, rows)
+        inserts = found is not None and not labels_whole(self._model) and not self._is_pair
+        if found is not None and inserts and found.n_rows:
+            if self._keep:
+                inputs.shift_spans(call, found.n_rows)
+            self._here.labels = self._extend_labels(call, found)
         try:
-            labelled = self._here.labels
-            output = self._labelled(original, call, rows) if labelled else original(**call)
+            if found is not None and self._here.labels:
+                output = self._labelled(original, call, found)
+            else:
+                output = original(**call)
         finally:
             self._here.flags, self._here.labels = None, False
         if found is not None and not self._here.entered:
@@ -128,141 +112,26 @@ class Context:
             raise MismatchError(f"{name} does not call what prefixes and prompts are put before")
         return output
 
-    def _labelled(self, original: Forward, call: Call, rows: Rows) -> Any:
+    def _extend_labels(self, call: Call, found: Standing) -> bool:
+        """Whether tokens have labels; then virtual ones have some that count nowhere."""
+        labels = call.get("labels")
+        if not isinstance(labels, Tensor) or labels.ndim != 2:
+            return False
+        (batch, length), name = labels.shape, type(self._model).__name__
+        same = encodes(self._model, body_of(self._model)) or name.endswith(SAME)
+        if found.is_padded and not same:
+            alone = found.spread(found.numbers(lambda mix: mix.n_rows), batch, labels.device) == 0
+            labels = labels.clone()
+            labels[alone, 0] = inputs.IGNORED  # padding foretells nothing
+        seats = found.spread(found.seats(length, padded=True), batch, labels.device)
+        call["labels"] = inputs.extended(labels, seats, found.n_rows)
+        return True
+
+    def _labelled(self, original: Forward, call: Call, found: Standing) -> Any:
         """The model with a loss over all positions, and outputs without virtual ones."""
-        wanted = call.pop("return_dict", None)
+        wanted, (batch, length) = call.pop("return_dict", None), inputs.shape(call)
         output = original(**call, return_dict=True)
-        for start, n in [] if self._keep else reversed(rows):
-            output = outputs.cut(output, start, n, outputs.HEAD)
-        return self._as_wanted(output, wanted)
-
-    def _as_wanted(self, output: Any, wanted: bool | None) -> Any:
-        as_dict = self._model.config.return_dict if wanted is None else wanted
-        return output if as_dict else output.to_tuple()
-
-    def _run_body(self, original: Forward, call: Call) -> Any:
-        """The model without its head: it sees what stands in front, and its head does not."""
-        found, cache = self._active(), call.get(CACHE)
-        if found is None:
-            caches.require_own(cache, None)
-            return original(**call)
-        require_kept(self._body, found)
-        seen = caches.length(cache)
-        self._here.starts = seen == 0
-        if not self._here.starts:
-            caches.require_own(cache, found.activation)
-        _, length = inputs.shape(call)
-        past = max(seen - found.held, 0)
-        self._move(call, found, past)
-        inputs.extend_mask(call, MASK, found.held, past + length, _tokens(call))
-        if self._here.starts:
-            self._start(call, found)
-        inputs.require_room(found.shift + past + length, self._model.config, self._reserved())
-        wanted, returns = call.pop("return_dict", None), cache is not None or self._caches(call)
-        output = original(**call, return_dict=True)
-        output = output if returns else outputs.without(output, CACHE)
-        caches.mark(output.get(CACHE), found.activation)
-        if self._here.starts:
-            output = self._cut(output, found)
-        return self._as_wanted(output, wanted)
-
-    def _cut(self, output: Any, found: Standing) -> Any:
-        """The output as a head expects it. A label of a whole sequence comes from its first
-        position in an encoder, which virtual tokens take, and elsewhere from the last real one."""
-        if self._here.labels or (self._keep and (self._encodes or not self._whole)):
-            return output
-        names = outputs.LAYERS if self._whole and self._encodes else outputs.ALL
-        for start, n in reversed(_inserted(found)):
-            output = outputs.cut(output, start, n, names)
-        return output
-
-    def _caches(self, call: Call) -> bool:
-        """Whether a call without a cache returns one: what a prefix was written to is no other."""
-        config, wanted = self._model.config, call.get("use_cache")
-        wanted = getattr(config, "use_cache", False) if wanted is None else wanted
-        return bool(wanted) and not self._encodes
-
-    @property
-    def _whole(self) -> bool:
-        """Whether it labels a sequence as a whole."""
-        return type(self._model).__name__.endswith(WHOLE)
-
-    @property
-    def _is_pair(self) -> bool:
-        return bool(self._model.config.is_encoder_decoder)
-
-    @property
-    def _encodes(self) -> bool:
-        """Whether every token sees all others, so that nothing is kept for later ones."""
-        return self._block is not None and not getattr(self._model.config, "is_decoder", False)
-
-    def _move(self, call: Call, found: Standing, past: int) -> None:
-        """The positions of real tokens, behind everything they stand behind."""
-        if POSITIONS not in self._names:
-            if found.held:
-                inputs.require_aligned(call, self._model.config.model_type)
-            return
-        if call.get(POSITIONS) is None and found.n_keys > found.n_shifting and self._block is None:
-            tokens = _tokens(call)
-            length = tokens.shape[1]
-            call[POSITIONS] = torch.arange(past, past + length, device=tokens.device)[None]
-        inputs.shift_positions(call, found.shift, found.n_front if self._here.starts else 0)
-
-    def _start(self, call: Call, found: Standing) -> None:
-        """What stands in front, where a sequence starts."""
-        batch, _ = inputs.shape(call)
-        dtype = self._body.get_input_embeddings().weight.dtype
-        if found.flagged is not None or found.front is not None:
-            embeds = self._embedded(call, self._body, found)
-            dtype = embeds.dtype
-            if found.front is not None:
-                inputs.put_in_front(call, found.front, embeds)
-        if found.prefixes:
-            if call.get(CACHE) is None:
-                # sliding windows need to be told from the config; encoders have none
-                call[CACHE] = DynamicCache(config=self._model.config)
-            caches.fill(call[CACHE], found.prefixes, batch, dtype)
-
-    def _embedded(self, call: Call, stack: Any, found: Standing) -> Tensor:
-        """The tokens as vectors, those that the caller marked replaced."""
-        embeds: Tensor | None = call.get(EMBEDS)
-        if embeds is None:
-            embeds = stack.get_input_embeddings()(call["input_ids"])
-        if found.flagged is not None:
-            embeds = inputs.flag(embeds, found.flagged, self._here.flags)
-        call[EMBEDS], call["input_ids"] = embeds, None
-        return embeds
-
-    def _run_block(self, original: Forward, call: Call) -> Any:
-        """The embedding block: positions count prefixes that shift; rows follow what it gives."""
-        found = self.current.now
-        if found is None:
-            return original(**call)
-        if call.get(LENGTH):
-            call[LENGTH] -= found.n_keys - found.n_shifting
-        mask = call.get("mask")
-        if self._here.starts and found.embedded and isinstance(mask, Tensor):
-            call["mask"] = mask[:, found.n_embedded :]  # of what is embedded, as the caller gave it
-        embedded: Tensor = original(**call)
-        for rows, behind_first in found.embedded if self._here.starts else ():
-            new = rows.to(embedded.device, embedded.dtype).expand(len(embedded), *rows.shape)
-            start = int(behind_first)
-            embedded = torch.cat([embedded[:, :start], new, embedded[:, start:]], dim=1)
-        return embedded
-
-    def _reserved(self) -> int:
-        """Positions that no token gets: RoBERTa's first ones, up to that of padding."""
-        padding = getattr(self._block, "padding_idx", None)
-        return padding + 1 if isinstance(padding, int) else 0
-
-
-def _tokens(call: Call) -> Tensor:
-    ids: Tensor | None = call.get("input_ids")
-    embeds: Tensor = call[EMBEDS] if ids is None else ids
-    return embeds
-
-
-def _inserted(found: Standing) -> Rows:
-    """(start, number) of all rows that became positions, in the order they were put in."""
-    front = [(0, found.n_front)] if found.n_front else []
-    return front + [(int(behind), len(rows)) for rows, behind in found.embedded]
+        if not self._keep:
+            seats = found.spread(found.seats(length, padded=True), batch)
+            output = outputs.taken(output, seats, outputs.HEAD)
+        return outputs.as_wanted(output, wanted, self._model.config)

@@ -15,11 +15,11 @@ HEAD = {"logits": 1, **LAYERS}
 ALL = {"last_hidden_state": 1, **LAYERS}
 
 
-def cut(output: Any, start: int, n: int, names: Mapping[str, int]) -> Any:
-    """The output without positions start to start + n; keys stay what the attention saw."""
+def taken(output: Any, seats: Tensor, names: Mapping[str, int]) -> Any:
+    """The output at these positions (batch or 1, length); keys stay what the attention saw."""
     for name, axis in names.items():
         if output.get(name) is not None:
-            output[name] = _each(output[name], start, n, axis)
+            output[name] = _each(output[name], seats, axis)
     return output
 
 
@@ -28,12 +28,19 @@ def without(output: Any, name: str) -> Any:
     return type(output)(**{key: value for key, value in output.items() if key != name})
 
 
-def _each(value: Any, start: int, n: int, axis: int) -> Any:
+def as_wanted(output: Any, wanted: bool | None, config: Any) -> Any:
+    """As a tuple, where the caller or the config says so."""
+    as_dict = config.return_dict if wanted is None else wanted
+    return output if as_dict else output.to_tuple()
+
+
+def _each(value: Any, seats: Tensor, axis: int) -> Any:
     if isinstance(value, tuple):
-        return tuple(_each(item, start, n, axis) for item in value)
+        return tuple(_each(item, seats, axis) for item in value)
     if not isinstance(value, Tensor):
         return value
-    length = value.shape[axis]
-    first = value.narrow(axis, 0, start)
-    rest = value.narrow(axis, start + n, length - start - n)
-    return rest if start == 0 else torch.cat([first, rest], dim=axis)
+    seats = seats.to(value.device)
+    if len(seats) == 1:
+        return value.index_select(axis, seats[0])
+    rows = torch.arange(len(value), device=value.device)[:, None]
+    return value.movedim(axis, 1)[rows, seats].movedim(1, axis)

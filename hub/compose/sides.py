@@ -14,7 +14,7 @@ from adapterkit.hub.compose import caches
 from adapterkit.hub.compose.gates import run_gated, write
 from adapterkit.hub.compose.here import Current
 from adapterkit.hub.compose.inputs import Call
-from adapterkit.hub.compose.standing import Side, Standing
+from adapterkit.hub.compose.standing import Attended, Standing
 from adapterkit.hub.compose.swap import Forward, Swap
 
 CACHE, MASK, SEEN = "past_key_values", "mask", "past_seen_tokens"
@@ -35,9 +35,10 @@ class Sides:
 
     def install(self, found: Standing) -> None:
         """Swaps what takes part in it, if it is not swapped yet."""
-        for path in (*found.gates, *found.sides):
+        gated = (path for path, one in found.own.items() if one.gates)
+        for path in (*gated, *found.sides):
             self._swap(path, self._run_attention, "forward")
-        for path in (*found.layers, *found.sides):
+        for path in (*found.own, *found.sides):
             if has_bias(self._model.get_submodule(path)):
                 self._swap(path, self._run_bias, BIAS)
 
@@ -53,44 +54,61 @@ class Sides:
 
     def _run_attention(self, path: str, original: Forward, call: Call) -> Any:
         found = self._current.now
-        if found is not None and path in found.gates:
-            return run_gated(found.gates[path], found.layers[path], original, call)
-        if found is not None and path in found.sides:
-            return _run_side(found.sides[path], original, call)
+        if found is None or path not in found.own.keys() | found.sides.keys():
+            return original(**call)
+        x: Tensor = call["hidden_states"]
+        if path in found.sides:
+            _begin_side(found, found.sides[path], call, x)
+        elif found.own[path].gates:
+            return run_gated(found.own[path], found.index(len(x), x.device), original, call)
         return original(**call)
 
     def _run_bias(self, path: str, original: Forward, call: Call) -> Any:
         """The library counts n keys that stand in front as positions, and no query behind them."""
         found = self._current.now
-        n = 0
-        if found is not None and path in found.layers:
-            n = found.n_keys - found.n_shifting
-        elif found is not None and path in found.sides:
-            n = found.sides[path].n
-        if n:
-            call[SEEN] = call.get(SEEN, 0) - n
-        return original(**call)
+        if found is None:
+            return original(**call)
+        if path in found.sides:
+            unseen = found.sides[path].counts
+        elif path in found.own:
+            unseen = tuple(mix.n_keys - mix.n_shifting for mix in found.mixes)
+        else:
+            return original(**call)
+        seen = call.get(SEEN, 0)
+        return found.chosen(unseen, lambda n: original(**{**call, SEEN: seen - n}))
 
 
-def _run_side(side: Side, original: Forward, call: Call) -> Any:
-    """An attention with keys in front that no position follows."""
-    x: Tensor = call["hidden_states"]
+def _begin_side(found: Standing, side: Attended, call: Call, x: Tensor) -> None:
+    """Keys in front of an attention, that no position follows."""
     cache: Any = call.get(CACHE)
     if cache is None or not side.cross:
         own = (DynamicCache(), DynamicCache())
         cache = call[CACHE] = EncoderDecoderCache(*own) if side.cross else own[0]
     store = cache.cross_attention_cache if side.cross else cache
     if store.get_seq_length(side.layer) == 0:
-        caches.fill(store, {side.layer: side.held}, len(x), x.dtype)
+        caches.fill(store, {side.layer: found.of_rows(side.held, len(x))}, len(x), x.dtype)
     if side.gates:
-        write(store.layers[side.layer], side.gates, x)
+        write(store.layers[side.layer], side.gates, x, found.index(len(x), x.device))
+    seen = found.spread(side.seen, len(x), x.device)[:, None, None]
     mask = call.get(MASK)
+    if mask is None and len(set(side.counts)) > 1:
+        mask = x.new_zeros(1, 1, 1, _attended(side, store, call, x))
     if isinstance(mask, Tensor):
-        call[MASK] = torch.cat([_visible(mask, side.n), mask], dim=-1)
-    return original(**call)
+        call[MASK] = _with(mask, seen)
 
 
-def _visible(mask: Tensor, n: int) -> Tensor:
-    """n columns that hide nothing, of a mask that is added or that is true where one sees."""
-    shape = (*mask.shape[:-1], n)
-    return mask.new_ones(shape) if mask.dtype == torch.bool else mask.new_zeros(shape)
+def _attended(side: Attended, store: Any, call: Call, x: Tensor) -> int:
+    """Keys that the attention has but for those in front."""
+    held = store.get_seq_length(side.layer) - side.n
+    return held or len((call["key_value_states"] if side.cross else x)[0])
+
+
+def _with(mask: Tensor, seen: Tensor) -> Tensor:
+    """The mask, which is added or which is true where one sees, behind columns for seen (rows or 1,
+    1, 1, n)."""
+    rows = max(len(mask), len(seen))
+    if mask.dtype != torch.bool:
+        hides = torch.finfo(mask.dtype).min
+        seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, hides)
+    front = seen.expand(rows, *mask.shape[1:-1], -1)
+    return torch.cat([front, mask.expand(rows, *mask.shape[1:])], dim=-1)

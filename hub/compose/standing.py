@@ -1,65 +1,29 @@
-"""All prefixes and virtual tokens that are active, folded once at activation."""
+"""What stands in front of the rows of a batch: folded once, at activation.
+
+A row has one of several mixes, which is the only one unless rows are routed. What they hold is
+padded in front to the longest: padding that every real position is kept from seeing.
+"""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from adapterkit.hub.bases.attention import CROSS, ENCODER, attentions
-from adapterkit.hub.bases.base import Base
-from adapterkit.hub.compose.caches import Held, joined
-from adapterkit.hub.compose.lowering import Lowered
-from adapterkit.hub.findings import clean
-from adapterkit.hub.primitives import PrefixKV, VirtualTokens
-from adapterkit.registry.errors import MismatchError
-
-NUMBERS = itertools.count(1)
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+from adapterkit.hub.compose.caches import Held
+from adapterkit.hub.compose.rows import Rows
 
 
-@dataclass(frozen=True)
-class Gate:
-    """Where in the prefix of one layer a gated part [start, stop) lies, and what scales it."""
+@dataclass(frozen=True, eq=False)
+class Mix:
+    """What one row has. n_keys: in front of each attention that generates; n_shifting: those behind
+    which real tokens stand. front (n, width) before the embedded tokens, flagged (n, width) instead
+    of some; embedded: rows, and whether they stand behind the first token."""
 
-    part: Held
-    start: int
-    stop: int
-    weight: Tensor
-    bias: Tensor
-
-
-@dataclass(frozen=True)
-class Side:
-    """An attention of an encoder beside a decoder, or (cross) of the decoder to it. layer: its own
-    in a cache."""
-
-    held: Held
-    gates: tuple[Gate, ...]
-    layer: int
-    cross: bool
-
-    @property
-    def n(self) -> int:
-        return self.held.k.shape[1]
-
-
-@dataclass(frozen=True)
-class Standing:
-    """activation: a number of its own. prefixes: layer of the cache -> keys and values in front of
-    the attention that generates; layers: its path -> that layer. n_keys: in front of each;
-    n_shifting: those behind which real tokens stand. front, flagged (n, width); embedded: rows, and
-    whether they stand behind the first token."""
-
-    activation: int
-    prefixes: Mapping[int, Held] = field(default_factory=dict)
-    layers: Mapping[str, int] = field(default_factory=dict)
-    gates: Mapping[str, tuple[Gate, ...]] = field(default_factory=dict)
-    sides: Mapping[str, Side] = field(default_factory=dict)
     n_keys: int = 0
     n_shifting: int = 0
     front: Tensor | None = None
@@ -71,119 +35,217 @@ class Standing:
         return 0 if self.front is None else len(self.front)
 
     @property
+    def n_flagged(self) -> int:
+        return 0 if self.flagged is None else len(self.flagged)
+
+    @property
     def n_embedded(self) -> int:
         return sum(len(rows) for rows, _ in self.embedded)
+
+    @property
+    def n_rows(self) -> int:
+        """That became positions."""
+        return self.n_front + self.n_embedded
 
     @property
     def shift(self) -> int:
         """Positions in front of the first real one."""
         return self.n_shifting + self.n_front
 
+    def seats(self, length: int) -> list[int]:
+        """Where the real tokens stand among all rows."""
+        if not self.embedded:
+            return list(range(self.n_front, self.n_front + length))
+        order = [-1] * self.n_front + list(range(length))
+        for rows, behind_first in self.embedded:
+            start = int(behind_first)
+            order[start:start] = [-1] * len(rows)
+        return [seat for seat, token in enumerate(order) if token >= 0]
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """Where in the prefix of one layer a gated part [start, stop) lies, and what scales it; mix: of
+    the rows that have it."""
+
+    part: Held
+    start: int
+    stop: int
+    weight: Tensor
+    bias: Tensor
+    mix: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """An attention with keys in front. counts: of each mix; layer: its own in a cache; cross: of a
+    decoder to its encoder."""
+
+    held: Held
+    counts: tuple[int, ...]
+    gates: tuple[Gate, ...]
+    layer: int
+    cross: bool
+
+    @property
+    def n(self) -> int:
+        return max(self.counts)
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """(mixes, n): which keys are no padding."""
+        return _last(self.counts)
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """activation: a number of its own. own: attentions that generate, by path; sides: those of an
+    encoder beside a decoder, or of the decoder to it."""
+
+    activation: int
+    mixes: tuple[Mix, ...]
+    rows: Rows | None = None
+    own: Mapping[str, Attended] = field(default_factory=dict)
+    sides: Mapping[str, Attended] = field(default_factory=dict)
+
+    @cached_property
+    def n_keys(self) -> int:
+        return max(mix.n_keys for mix in self.mixes)
+
+    @cached_property
+    def n_front(self) -> int:
+        return max(mix.n_front for mix in self.mixes)
+
+    @cached_property
+    def n_rows(self) -> int:
+        return max(mix.n_rows for mix in self.mixes)
+
+    @cached_property
+    def n_flagged(self) -> int:
+        return max(mix.n_flagged for mix in self.mixes)
+
+    @property
+    def has_embedded(self) -> bool:
+        return any(mix.embedded for mix in self.mixes)
+
+    @property
+    def shift(self) -> int:
+        return max(mix.shift for mix in self.mixes)
+
     @property
     def held(self) -> int:
         """What the cache and the mask have more than real tokens."""
-        return self.n_keys + self.n_front + self.n_embedded
+        return self.n_keys + self.n_rows
+
+    @cached_property
+    def is_padded(self) -> bool:
+        """Whether some rows have fewer positions in front than others."""
+        return any(mix.n_rows < self.n_rows for mix in self.mixes)
+
+    @cached_property
+    def is_moved(self) -> bool:
+        """Whether real tokens stand elsewhere than behind all that the cache holds."""
+        return any(mix.shift != self.held for mix in self.mixes)
+
+    @cached_property
+    def has_gap(self) -> bool:
+        """Whether padding stands between the keys of a row and its tokens."""
+        return any(mix.n_keys and mix.n_rows < self.n_rows for mix in self.mixes)
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """(mixes, held): what is no padding."""
+        keys = _last([mix.n_keys for mix in self.mixes])
+        return torch.cat([keys, _last([mix.n_rows for mix in self.mixes])], dim=1)
+
+    @cached_property
+    def front(self) -> Tensor:
+        """(mixes, n_front, width)"""
+        fronts = [mix.front for mix in self.mixes]
+        like = next(front for front in fronts if front is not None)
+        table = like.new_zeros(len(fronts), self.n_front, like.shape[1])
+        for number, front in enumerate(fronts):
+            if front is not None:
+                table[number, self.n_front - len(front) :] = front
+        return table
+
+    @cached_property
+    def flagged(self) -> Tensor:
+        """(mixes, n_flagged, width), of which a mix has the first ones."""
+        found = [mix.flagged for mix in self.mixes]
+        like = next(rows for rows in found if rows is not None)
+        table = like.new_zeros(len(found), self.n_flagged, like.shape[1])
+        for number, rows in enumerate(found):
+            if rows is not None:
+                table[number, : len(rows)] = rows
+        return table
+
+    def numbers(self, read: Callable[[Mix], int]) -> Tensor:
+        """(mixes): one of each."""
+        return torch.tensor([read(mix) for mix in self.mixes])
+
+    def seats(self, length: int, *, padded: bool) -> Tensor:
+        """(mixes, length): where real tokens stand, padded in front or not."""
+        found = torch.tensor([mix.seats(length) for mix in self.mixes])
+        return found + self.pads[:, None] if padded else found
+
+    @cached_property
+    def pads(self) -> Tensor:
+        """(mixes): positions that each has fewer than the longest."""
+        return self.numbers(lambda mix: self.n_rows - mix.n_rows)
+
+    def index(self, batch: int, device: torch.device) -> Tensor:
+        """(batch), or (1) for all: the mix of each row. Raises InvalidError for a batch that is not
+        the routed one."""
+        if self.rows is None:
+            return torch.zeros(1, dtype=torch.long, device=device)
+        self.rows.check(batch)
+        return self.rows.index((batch, 1), device)
+
+    def spread(self, values: Tensor, batch: int, device: torch.device | None = None) -> Tensor:
+        """values (mixes, ...) of each row, (batch, ...); or (1, ...) for all."""
+        values = values if device is None else values.to(device)
+        return values if self.rows is None else values[self.index(batch, values.device)]
+
+    def parts(self, batch: int, device: torch.device) -> Iterator[tuple[Mix, Tensor | slice]]:
+        """Each mix, and which rows have it."""
+        if self.rows is None:
+            yield self.mixes[0], slice(None)
+            return
+        self.rows.check(batch)
+        for number, rows in self.rows.members((batch, 1), device):
+            yield self.mixes[number], rows
+
+    def prefixes(self, batch: int) -> dict[int, Held]:
+        """By rows: layer of the cache -> keys and values."""
+        return {one.layer: self.of_rows(one.held, batch) for one in self.own.values()}
+
+    def of_rows(self, held: Held, batch: int) -> Held:
+        return Held(self.spread(held.k, batch), self.spread(held.v, batch))
+
+    def chosen(self, values: Sequence[int], make: Callable[[int], Tensor]) -> Tensor:
+        """What is made with the value of its mix, (rows, ...) or (1, ...), for each row."""
+        made = {value: make(value) for value in set(values)}
+        if self.rows is None or len(made) == 1:
+            return made[values[0]]
+        batch = self.rows.batch.rows
+        every = torch.stack([made[v].expand(batch, *made[v].shape[1:]) for v in values])
+        return every[self.index(batch, every.device), torch.arange(batch, device=every.device)]
+
+    @contextmanager
+    def noted(self, extra: int) -> Iterator[None]:
+        """While modules see so many more tokens of each row than the caller gave."""
+        if self.rows is None:
+            yield
+            return
+        before, self.rows.batch.extra = self.rows.batch.extra, extra
+        try:
+            yield
+        finally:
+            self.rows.batch.extra = before
 
 
-def standing(
-    model: nn.Module, base: Base, active: Iterable[str], lowered: Mapping[str, Lowered]
-) -> Standing | None:
-    """None if no active adapter has any. Raises MismatchError for a model they cannot stand on."""
-    tokens = [(n, p) for n, _, p in _all(active, lowered) if isinstance(p, VirtualTokens)]
-    prefixes = [(n, path, p) for n, path, p in _all(active, lowered) if isinstance(p, PrefixKV)]
-    if not tokens and not prefixes:
-        return None
-    rows = {
-        place: [p.e for _, p in tokens if p.place == place] for place in ("front", "flagged")
-    }
-    embedded = [(p.e, p.place.endswith("first")) for _, p in tokens if p.place.startswith("embed")]
-    by_layer: dict[str, list[tuple[str, PrefixKV]]] = {}
-    for name, path, prefix in prefixes:
-        by_layer.setdefault(path, []).append((name, prefix))
-    attended = _attended(model, base, by_layer)
-    sides = {path: side for path, side in attended.items() if path in _aside(base)}
-    own = {path: one for path, one in attended.items() if path not in sides}
-    first = next((parts for path, parts in by_layer.items() if path in own), [])
-    return Standing(
-        next(NUMBERS),
-        {one.layer: one.held for one in own.values()},
-        {path: one.layer for path, one in own.items()},
-        {path: one.gates for path, one in own.items() if one.gates},
-        sides,
-        sum(len(prefix.k) for _, prefix in first),
-        sum(len(prefix.k) for _, prefix in first if prefix.shifts),
-        torch.cat(rows["front"]) if rows["front"] else None,
-        torch.cat(rows["flagged"]) if rows["flagged"] else None,
-        tuple(embedded),
-    )
-
-
-def _all(
-    active: Iterable[str], lowered: Mapping[str, Lowered]
-) -> Iterator[tuple[str, str, object]]:
-    """(adapter, module, primitive), adapters in the order given."""
-    for name in active:
-        for path, primitives in lowered[name].updates.items():
-            for primitive in primitives:
-                yield name, path, primitive
-
-
-def _aside(base: Base) -> set[str]:
-    return {one.path for place in (CROSS, ENCODER) for one in attentions(base.modules, place)}
-
-
-def _attended(
-    model: nn.Module, base: Base, by_layer: Mapping[str, list[tuple[str, PrefixKV]]]
-) -> dict[str, Side]:
-    """Path of each attention -> what stands in front of it."""
-    if not by_layer:
-        return {}
-    heads = _key_heads(model)
-    cross = {one.path for one in attentions(base.modules, CROSS)}
-    found: dict[str, Side] = {}
-    for path, parts in by_layer.items():
-        layer = getattr(model.get_submodule(path), "layer_idx", None)
-        if not isinstance(layer, int):
-            raise MismatchError(f"{path} does not say which layer of a cache is its own")
-        split = [_by_head(name, prefix, heads) for name, prefix in parts]
-        gates = tuple(_gates([prefix for _, prefix in parts], split))
-        found[path] = Side(joined(split), gates, layer, path in cross)
-    return found
-
-
-def _by_head(name: str, prefix: PrefixKV, heads: int) -> Held:
-    n, width = prefix.k.shape
-    if width % heads or prefix.heads not in (None, heads):
-        made = prefix.heads or f"a width of {width}"
-        raise MismatchError(
-            f"{clean(name)} was made for {made} heads of keys, but the model has {heads}"
-        )
-    k, v = (t.reshape(n, heads, -1).transpose(0, 1).contiguous() for t in (prefix.k, prefix.v))
-    return Held(k, v)
-
-
-def _gates(prefixes: list[PrefixKV], split: list[Held]) -> Iterator[Gate]:
-    start = 0
-    for prefix, part in zip(prefixes, split, strict=True):
-        stop = start + len(prefix.k)
-        if prefix.gate is not None and prefix.gate_bias is not None:
-            yield Gate(part, start, stop, prefix.gate, prefix.gate_bias)
-        start = stop
-
-
-def _key_heads(model: Any) -> int:
-    """Heads of keys in every layer. Raises MismatchError where layers are not alike."""
-    pair = bool(model.config.is_encoder_decoder)
-    config = model.config if pair else model.config.get_text_config(decoder=True)
-    odd = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-    if odd:
-        shown = ", ".join(sorted(odd))
-        raise MismatchError(f"{config.model_type} has layers of {shown}, which take no prefix")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise MismatchError(f"{config.model_type} has layers that share keys, which take no prefix")
-    names = ("num_key_value_heads", "decoder_attention_heads", "num_attention_heads")
-    counts = (getattr(config, name, None) for name in names)
-    heads = next((count for count in counts if isinstance(count, int) and count > 0), None)
-    if heads is None:
-        raise MismatchError(f"{config.model_type} does not say how many heads of keys it has")
-    return heads
+def _last(counts: Sequence[int]) -> Tensor:
+    """(mixes, most): the last of each so many are true."""
+    most = max(counts)
+    return torch.arange(most) >= most - torch.tensor(counts)[:, None]
