@@ -124,17 +124,35 @@ def prefill(report: rounds.Report, three: Three, what: str, length: int) -> None
     report.bar(f"{said}: times the bare base", ratio, PREFILL)
 
 
+def switched(report: rounds.Report, three: Three, what: str, folders: dict[str, Path]) -> None:
+    """A graph recorded with one adapter, replayed after a switch to another."""
+    ids = llama.tokens(three.bare, 1, 1)
+    first, second = three.names[:2]
+    model = llama.twin(three.bare)
+    some = {name: folders[name] for name in (first, second)}
+    adapters = attach(model, some, slots=2, max_rank=llama.RANK)
+    adapters.activate({first: 1.0})
+    run = graphed(three.forward(model, ids), three.device)
+    adapters.activate({second: 1.0})
+    found = run().clone()
+    three.one(second)
+    expected, bare = (three.forward(each, ids)() for each in (three.mine, three.bare))
+    said = f"{what}, one token, graph, switched after it was recorded"
+    report.say(llama.require_same(said, found, expected, bare, "an eager run"))
+    three.one(first)
+
+
 def decode(report: rounds.Report, three: Three, what: str) -> None:
     ids = llama.tokens(three.bare, 1, 1)
-    turn = itertools.cycle(three.names)
+    turn = itertools.cycle(three.names)  # another adapter each time
     models = {"bare base": three.bare, "ours": three.mine, "PEFT": three.theirs}
     plain = {name: three.forward(model, ids) for name, model in models.items()}
 
-    def switched() -> Tensor:
+    def another() -> Tensor:
         three.adapters.activate({next(turn): 1.0})
         return plain["ours"]()
 
-    eager = three.timed({**plain, "ours, with a switch": switched})
+    eager = three.timed({**plain, "ours, with a switch": another})
     three.one(three.names[0])
     expected = plain["ours"]()
     graphs = {f"{name}, graph": graphed(run, three.device) for name, run in plain.items()}
@@ -225,6 +243,7 @@ def main() -> int:
             three = Three(bare if what == "bf16" else to_nf4(bare), folders, sizes, given)
             prefill(report, three, what, given.prompt)
             decode(report, three, what)
+            switched(report, three, what, folders)
             mixed(report, three, what)
             del three, bare
     return report.close()

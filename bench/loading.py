@@ -70,11 +70,11 @@ class Load:
         return {"load": rounds.seconds(self._copied), "activate": 0.0, "forward": 0.0}
 
     def _copied(self) -> None:
-        """Into one place, in the dtype of the base: without PEFT's names or ours."""
+        """As they are: without PEFT's names or ours."""
         place: list[Tensor] = []
         for folder in self.folders.values():
             tensors = load_file(folder / "adapter_model.safetensors")
-            place += [tensor.to(self.factors or self.bare.dtype) for tensor in tensors.values()]
+            place += [tensor.clone() for tensor in tensors.values()]
 
     def _run(self, model: Any) -> None:
         self.logits = model(self.ids).logits

@@ -73,8 +73,10 @@ class Budgeted:
             dtype=given.factors,
         )
         self.plain.activate([])
-        dtype = given.factors or given.dtype
-        self.size = sizes_of(given).adapter_values(RANK) * dtype.itemsize
+        batch(
+            self.plain, self.plain.names[:ROWS], self.step, self.plain_model
+        )  # what a forward takes
+        self.size = max(self.plain.report[name].size for name in self.plain.names)
         self.budget = given.held * self.size
         self.before = anonymous()
         self.adapters = attach(
@@ -99,7 +101,7 @@ class Budgeted:
                 self._note("missed" if missed else "all there", first)
                 self._note("again", again)
                 self._note("plain", plain)
-            self.most = max(self.most, self.adapters.counters.bytes)
+            self.most = max(self.most, self.adapters.counters.held)
             self.grown = max(self.grown, anonymous() - self.before)
 
 
@@ -124,7 +126,10 @@ def tell(report: rounds.Report, found: Budgeted) -> None:
         report.row(name, len(times), rounds.shown(rounds.median(times)), rounds.shown(min(times)))
     counters = found.adapters.counters
     asked = counters.hits + counters.misses
-    report.say(f"{asked} requests: {counters.hits} hits, {counters.misses} misses")
+    report.say(
+        f"{asked} requests: {counters.hits} hits, {counters.misses} misses,"
+        f" {counters.evicted} made room; {counters.loaded / 2**20:.0f} MiB were loaded"
+    )
     mb = 1024**2
     report.say(
         f"one adapter {found.size / mb:.2f} MiB, budget {found.budget / mb:.0f} MiB; held at most"
@@ -142,15 +147,11 @@ def tell(report: rounds.Report, found: Budgeted) -> None:
     report.bar("memory grown, parts of the budget", found.grown / found.budget, 1.25)
 
 
-def sizes_of(given: Any) -> llama.Sizes:
-    return llama.Sizes(layers=given.layers, vocab=given.vocab)
-
-
 def main() -> int:
     given = rounds.arguments(__doc__, adapters=1000, held=64, batches=200)
     if given.quick:
         given.adapters, given.held, given.batches = 100, 16, 20
-    sizes = sizes_of(given)
+    sizes = llama.Sizes(layers=given.layers, vocab=given.vocab)
     report = rounds.Report("A thousand adapters under a budget", given)
     with tempfile.TemporaryDirectory() as place, llama.quietly():
         root = Path(place)

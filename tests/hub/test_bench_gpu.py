@@ -24,6 +24,7 @@ def test_every_figure_of_the_gpu_bench_runs_on_small_shapes_and_agrees_with_peft
     for base in ("bf16", "NF4"):
         for figure in ("prefill 32", "one token, graph", "4 rows with 4 adapters"):
             assert f"{base}, {figure}: logits differ from those of PEFT by" in said
+        assert f"{base}, one token, graph, switched after it was recorded: logits differ" in said
         assert f"{base}, 4 rows with 4 adapters, graph: times the bare base" in said
     assert "bound" in said
     assert said.endswith("not judged\n")
