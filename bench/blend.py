@@ -1,24 +1,30 @@
 """Blending against PEFT's add_weighted_adapter on the same adapters: python bench/blend.py
 
-Prints medians and their ratio, and the error of each low-rank result against the dense optimum.
-One linear layer at a time, k = 4 adapters of rank 16, as on a model of 7 billion parameters.
+Prints medians of runs in alternation, their ratio, the memory that ours takes beside the inputs,
+and the error of each low-rank result against the dense optimum. k = 4 adapters of rank 16: one
+linear layer at a time, as on a model of 7 billion parameters, and a whole model of 1 billion.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import resource
+import os
+import shutil
 import statistics
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from torch import Tensor, nn
 
+from adapterkit.hub.blend.entries import entrywise
 from adapterkit.hub.blend.factors import Factors, Term, concatenated
 from adapterkit.hub.blend.methods import method
 from adapterkit.hub.blend.settings import Place, Settings
@@ -29,6 +35,12 @@ K, RANK, DENSITY = 4, 16, 0.2
 WEIGHTS = [0.4, 0.3, 0.2, 0.1]
 SHAPES = ((4096, 4096), (11008, 4096))
 NAMES = [f"a{i}" for i in range(K)]
+# Of the linear layers of a model of 1 billion parameters.
+WIDTHS = {
+    "q_proj": (2048, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), "o_proj": (2048, 2048),
+    "gate_proj": (8192, 2048), "up_proj": (8192, 2048), "down_proj": (2048, 8192),
+}  # fmt: skip
+PARTS = ("factors", "svd", "ties", "model")
 
 
 class Layer(nn.Module):
@@ -61,23 +73,66 @@ def terms_of(model: peft.PeftModel) -> list[Term]:
     ]
 
 
-def timed(call: Callable[[], object], repeats: int) -> float:
-    """Median seconds, the first call left out where there are several."""
-    spans = []
-    for _ in range(repeats + (repeats > 1)):
-        start = time.perf_counter()
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def medians(calls: Sequence[Callable[[], float]], repeats: int) -> list[float]:
+    """Of each call's own seconds, in alternation, the first round left out where there are more."""
+    rounds = [[call() for call in calls] for _ in range(repeats + (repeats > 1))]
+    return [statistics.median(spans) for spans in zip(*rounds[repeats > 1 :], strict=True)]
+
+
+class Memory(threading.Thread):
+    """The most anonymous memory beyond what there was, in MB, seen every few milliseconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._done, self._least, self._most = threading.Event(), anonymous(), 0
+
+    def run(self) -> None:
+        while not self._done.wait(0.002):
+            self._most = max(self._most, anonymous())
+
+    def __enter__(self) -> Memory:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self.join()
+
+    @property
+    def peak(self) -> float:
+        return max(self._most - self._least, 0) / 1e6
+
+
+def anonymous() -> int:
+    """Resident pages that belong to no file, in bytes."""
+    resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory(call: Callable[[], object], seconds: float = 0.0) -> float:
+    """Of one call, or of as many as fill that time."""
+    with Memory() as seen:
+        end = time.perf_counter() + seconds
         call()
-        spans.append(time.perf_counter() - start)
-    return statistics.median(spans[1:] or spans)
+        while time.perf_counter() < end:
+            call()
+    return seen.peak
 
 
-def peft_call(model: peft.PeftModel, kind: str) -> Tensor:
-    """The result's change; made anew each time, as a name that exists is left as it is."""
+def peft_call(model: peft.PeftModel, kind: str) -> float:
+    """Seconds of add_weighted_adapter alone; made anew each time, as a name that exists is left as
+    it is."""
     if "mix" in model.peft_config:
         model.delete_adapter("mix")
-    model.add_weighted_adapter(NAMES, WEIGHTS, "mix", kind, density=DENSITY)
-    layer = layer_of(model)
-    return layer.lora_B["mix"].weight @ layer.lora_A["mix"].weight
+    return timed(
+        lambda: model.add_weighted_adapter(NAMES, WEIGHTS, "mix", kind, density=DENSITY)
+    )
 
 
 def optimum(whole: Tensor, rank: int) -> float:
@@ -96,17 +151,26 @@ def row(name: str, theirs: float, ours: float, extra: str = "") -> None:
 def svd(n_out: int, n_in: int) -> None:
     model = peft_model(n_out, n_in)
     given = terms_of(model)
-    theirs = timed(lambda: peft_call(model, "svd"), 1)
-    ours = timed(lambda: spectrum(concatenated(given)).truncated(RANK), 15)
     whole = concatenated(given)
-    by_qr = timed(lambda: _by_qr(whole).truncated(RANK), 15)
+
+    def by_gram() -> Factors:
+        return spectrum(concatenated(given)).truncated(RANK)
+
+    def by_qr() -> Factors:
+        return _by_qr(whole).truncated(RANK)
+
+    used = memory(by_gram, 1.0)
+    gram, qr = medians([lambda: timed(by_gram), lambda: timed(by_qr)], 31)
+    theirs = peft_call(model, "svd")
     dense = whole.rows(0, n_out)
     best = optimum(dense, RANK)
-    f = spectrum(whole).truncated(RANK)
+    f = by_gram()
     gap = distance(dense, f.B @ f.A)
     shape = f"{n_out} x {n_in}"
-    row(f"svd {shape}, from Gram matrices", theirs, ours, f"error {gap:.6f}, optimum {best:.6f}")
-    row(f"svd {shape}, from QR", theirs, by_qr)
+    size = sum(4 * (n_out + n_in) * term.factors.rank for term in given) / 1e6
+    note = f"{used:.0f} MB, factors {size:.0f} MB; error {gap:.6f}, optimum {best:.6f}"
+    row(f"svd {shape}, from Gram matrices", theirs, gram, note)
+    row(f"svd {shape}, from QR", theirs, qr)
 
 
 def ties(n_out: int, n_in: int) -> None:
@@ -114,12 +178,14 @@ def ties(n_out: int, n_in: int) -> None:
     given = terms_of(model)
     settings = Settings(dialect="peft", rank=RANK, density=DENSITY)
     run = method("ties_svd", settings)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ours = timed(lambda: run(given, Place("proj", settings)), 2)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    theirs = timed(lambda: peft_call(model, "ties_svd"), 1)
+    used = memory(lambda: run(given, Place("proj", settings)))
+    ours = statistics.median(timed(lambda: run(given, Place("proj", settings))) for _ in range(3))
+    theirs = peft_call(model, "ties_svd")
     found = run(given, Place("proj", settings))
-    note = f"error {found.error:.4f}, peak memory + {peak:.0f} MB"
+    layer = layer_of(model)
+    dense = entrywise("ties")(given, Place("proj", settings)).whole()
+    gap = distance(dense, layer.lora_B["mix"].weight @ layer.lora_A["mix"].weight)
+    note = f"{used:.0f} MB; error {found.error:.4f}, PEFT's {gap:.4f}"
     row(f"ties + svd {n_out} x {n_in}", theirs, ours, note)
 
 
@@ -129,18 +195,21 @@ def factorwise(n_out: int, n_in: int) -> None:
     for kind in ("ties", "magnitude_prune", "dare_linear"):
         settings = Settings(dialect="peft", density=DENSITY)
         run = method(kind, settings)
-        theirs = timed(lambda kind=kind: peft_call(model, kind), 7)
-        ours = timed(lambda run=run, s=settings: run(given, Place("proj", s)), 7)
+        place = Place("proj", settings)
+        theirs, ours = medians(
+            [
+                lambda kind=kind: peft_call(model, kind),
+                lambda run=run, place=place: timed(lambda: run(given, place)),
+            ],
+            15,
+        )
         row(f"{kind} on A and B, {n_out} x {n_in}", theirs, ours)
 
 
 def whole_model(n_layers: int) -> None:
-    """A sum of 4 adapters on all linear layers of a model of this many layers, folder to folder."""
-    widths = {"q_proj": (2048, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048),
-              "o_proj": (2048, 2048), "gate_proj": (8192, 2048), "up_proj": (8192, 2048),
-              "down_proj": (2048, 8192)}  # fmt: skip
+    """4 adapters on all linear layers of a model of this many layers, folder to folder."""
     with tempfile.TemporaryDirectory() as place:
-        folders = [write(Path(place) / name, n_layers, widths, i) for i, name in enumerate(NAMES)]
+        folders = [write(Path(place) / name, n_layers, WIDTHS, i) for i, name in enumerate(NAMES)]
         size = sum(f.stat().st_size for folder in folders for f in folder.iterdir())
 
         def copy_bytes() -> None:
@@ -149,18 +218,26 @@ def whole_model(n_layers: int) -> None:
             target.write_bytes(data)
             target.unlink()
 
-        def mixed() -> None:
-            made = blend(dict(zip(folders, WEIGHTS, strict=True)))
-            target = made.save(Path(place) / "mix")
-            for path in target.iterdir():
-                path.unlink()
-            target.rmdir()
+        def mixed(**chosen: Any) -> None:
+            made = blend(dict(zip(folders, WEIGHTS, strict=True)), **chosen)
+            shutil.rmtree(made.save(Path(place) / "mix"))
 
-        plain, ours = timed(copy_bytes, 3), timed(mixed, 3)
-        print(
-            f"sum of {K}, {n_layers} layers, {size / 2**20:.0f} MiB: {ours:.2f} s,"
-            f" reading and writing as many bytes {plain:.2f} s: {ours / plain:.1f}x"
+        plain, ours, svd = medians(
+            [
+                lambda: timed(copy_bytes),
+                lambda: timed(mixed),
+                lambda: timed(lambda: mixed(method="svd", rank=RANK)),
+            ],
+            5,
         )
+    print(
+        f"sum of {K}, {n_layers} layers, {size / 2**20:.0f} MiB: {ours:.2f} s,"
+        f" reading and writing as many bytes {plain:.2f} s: {ours / plain:.1f}x"
+    )
+    # PEFT's takes many minutes: one module of each shape, times how often there is one
+    shapes = Counter(WIDTHS.values())
+    theirs = n_layers * sum(n * peft_call(peft_model(*s), "svd") for s, n in shapes.items())
+    row(f"svd of a model of {n_layers} layers (PEFT: one each)", theirs, svd, "ours with files")
 
 
 def write(folder: Path, n_layers: int, widths: dict[str, tuple[int, int]], seed: int) -> Path:
@@ -186,18 +263,21 @@ def write(folder: Path, n_layers: int, widths: dict[str, tuple[int, int]], seed:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small shape only")
-    quick = parser.parse_args().quick
-    shapes = ((1024, 1024),) if quick else SHAPES
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all by default")
+    given = parser.parse_args()
+    shapes = ((1024, 1024),) if given.quick else SHAPES
+    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, peft {peft.__version__}")
+    print(f"load {load} on {os.cpu_count()} processors")
     print(f"{'':44} {'PEFT':>14} {'adapterkit':>13} {'ratio':>10}")
+    single = {"factors": factorwise, "svd": svd, "ties": ties}
     with torch.no_grad():
-        for shape in shapes:
-            factorwise(*shape)
-        for shape in shapes:
-            svd(*shape)
-        for shape in shapes:
-            ties(*shape)
-        whole_model(2 if quick else 16)
+        for part in given.parts or PARTS:
+            if part == "model":
+                whole_model(2 if given.quick else 16)
+            else:
+                for shape in shapes:
+                    single[part](*shape)
 
 
 if __name__ == "__main__":
