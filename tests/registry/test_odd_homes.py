@@ -170,6 +170,7 @@ for number in range(int(sys.argv[2])):
 """
 
 
+@pytest.mark.timeout(3000)  # the full figures take their time
 def test_several_that_rebuild_and_verify_at_once_find_no_damage_and_lose_nothing(filled, proof):
     command = [sys.executable, "-c", REBUILDER, str(filled), str(proof(4, 40))]
     children = [subprocess.Popen(command) for _ in range(3)]
