@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,8 @@ def load(  # noqa: PLR0913
         _keep_unpacked(model)
     _mention_tokenizers(found, described)
     if found:
-        handle = attach(model, options=options)
         asked = list({one.asked.name: one.asked for one in found}.values())
+        handle = attach(model, options=replace(options, slots=options.slots or len(asked)))
         for each in asked:
             handle.add(each.name, each.folder)
         handle.activate({each.name: each.weight for each in asked if not _waits(handle, each)})

@@ -51,6 +51,23 @@ class FileSource:
             raise DamagedError(f"{shown} is not a file (a device, pipe or socket)")
         return cls(path, name or path.name, status.st_size)
 
+    def read_into(self, start: int, view: memoryview) -> None:
+        """The same, into memory that is there already."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(start)
+                place = 0
+                while place < len(view):
+                    count = file.readinto(view[place:])
+                    if not count:
+                        raise DamagedError(
+                            f"{clean(self.name)} is truncated: expected {len(view)} bytes at"
+                            f" {start}, found {place}"
+                        )
+                    place += count
+        except OSError as error:
+            raise DamagedError(f"{clean(self.name)} cannot be read: {error.strerror}") from error
+
     def read(self, start: int, size: int) -> bytes:
         try:
             with self.path.open("rb") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -14,8 +14,9 @@ from torch import nn
 from adapterkit.hub.adapter import Adapter
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.check import judge
+from adapterkit.hub.compose.alike import Alike
 from adapterkit.hub.compose.live import compare_live
-from adapterkit.hub.findings import ERROR, FITS, clean, listing
+from adapterkit.hub.findings import ERROR, FITS, Finding, clean, listing
 from adapterkit.hub.fit import fit
 from adapterkit.hub.identity import Identity, identify
 from adapterkit.hub.read import read_adapter
@@ -68,15 +69,17 @@ def refined(options: Options | None, settings: Mapping[str, Any]) -> Options:
 
 
 def admit(
-    folder: Folder, base: Base, modules: Mapping[str, nn.Module], options: Options
+    folder: Folder,
+    base: Base,
+    modules: Mapping[str, nn.Module],
+    options: Options,
+    alike: Alike,
 ) -> Adapter:
     """The adapter, once nothing speaks against binding it to the model; doubts warn.
 
     Raises MismatchError with every finding, MismatchError too for a doubt when strict.
     """
-    adapter = read_adapter(folder, options.allow_fields)
-    adapter.require_sound()
-    findings = fit(adapter, base)
+    adapter, findings = _read(folder, base, options, alike)
     identity = Identity(FITS, "none", ())
     if not any(finding.severity == ERROR for finding in findings):
         compare = partial(compare_live, modules, base)
@@ -88,3 +91,18 @@ def admit(
     if report.warnings:
         warnings.warn(f"{about}\n{listing(report.warnings)}", AdapterWarning, stacklevel=6)
     return adapter
+
+
+def _read(
+    folder: Folder, base: Base, options: Options, alike: Alike
+) -> tuple[Adapter, Sequence[Finding]]:
+    """A sound adapter, and how it fits the base; raises if it is not sound."""
+    key = alike.key(folder)
+    found = alike.found(key, folder)
+    if found is not None:
+        return found
+    adapter = read_adapter(folder, options.allow_fields)
+    adapter.require_sound()
+    findings = fit(adapter, base)
+    alike.hold(key, adapter, findings)
+    return adapter, findings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -34,6 +35,8 @@ def attach(
     _refuse_wrapped(model)
     base = describe_model(model)
     sources = named(adapters)
+    if chosen.slots is None:
+        chosen = replace(chosen, slots=max(len(sources), 1))
     found = Adapters(model, base, chosen)
     for name, source in sources.items():
         found.add(name, source)

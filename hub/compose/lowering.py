@@ -69,7 +69,12 @@ class LiveSite:
     adapter: Adapter
     spot: Spot
     origin: Origin
-    shared: Mapping[str, Tensor]
+    all_modules: Shared
+
+    @property
+    def shared(self) -> Mapping[str, Tensor]:
+        """What belongs to all modules, as this one computes."""
+        return self.all_modules.on(self.spot)
 
     def tied(self, *roles: str) -> tuple[str, ...]:
         held = {module for module, role in self.adapter.tensors if role in roles}
@@ -107,10 +112,14 @@ class Shared:
         tensors: Mapping[tuple[str, str], Tensor],
         dtype: torch.dtype | None,
     ) -> None:
-        made = schema_of(adapter, base).shared()
-        self._tensors = {**made, **{role: t for (path, role), t in tensors.items() if not path}}
-        self._dtype = dtype
+        self._adapter, self._base, self._dtype = adapter, base, dtype
+        self._own = {role: tensor for (path, role), tensor in tensors.items() if not path}
         self._placed: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        """Those that the file leaves out are made."""
+        return {**schema_of(self._adapter, self._base).shared(), **self._own}
 
     def on(self, spot: Spot) -> dict[str, Tensor]:
         """As the module computes: its device, its dtype."""
@@ -177,7 +186,7 @@ def _by_module(
         if name not in base.modules:
             continue
         spot = spots[name]
-        site = LiveSite(base.modules[name], base, adapter, spot, origin, shared.on(spot))
+        site = LiveSite(base.modules[name], base, adapter, spot, origin, shared)
         given = {role: tensors[name, role].to(spot.device) for role in stored}
         require_same(adapter, name, given, spot.module)
         roles, copies = _without_copies(given, spot.module)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Spot:
     parameter: str
     slot: Slot
 
-    @property
+    @cached_property
     def device(self) -> torch.device:
         """Of its own parameters, else of those inside it."""
         for recurse in (False, True):
@@ -30,7 +31,7 @@ class Spot:
                 return parameter.device
         return torch.device("cpu")
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """What products with it are computed in; for those of small factors float32 where the
         processor has none in half precision, which take 5 to 20 times as long there."""
@@ -67,11 +68,14 @@ def _multiplies(dtype: torch.dtype) -> bool:
 class Spots:
     modules: Mapping[str, nn.Module]
     spelling: Spelling
+    _found: dict[str, Spot] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Spot:
-        slot = self.spelling.slot(name)
-        owner, parameter = owner_of(self.modules, slot.module)
-        return Spot(self.modules[owner], parameter, slot)
+        if name not in self._found:
+            slot = self.spelling.slot(name)
+            owner, parameter = owner_of(self.modules, slot.module)
+            self._found[name] = Spot(self.modules[owner], parameter, slot)
+        return self._found[name]
 
 
 def owner_of(modules: Mapping[str, nn.Module], row: str) -> tuple[str, str]:

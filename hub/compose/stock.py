@@ -11,6 +11,7 @@ from torch import nn
 from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import weighing
 from adapterkit.hub.compose.admit import Options, admit
+from adapterkit.hub.compose.alike import Alike
 from adapterkit.hub.compose.demand import Demand, bytes_of
 from adapterkit.hub.compose.engine import Engine
 from adapterkit.hub.compose.groups import Groups, group_of
@@ -32,6 +33,7 @@ class Stock:
         self._base, self._options, self._engine = base, options, engine
         self._modules = dict(model.named_modules())
         self._origin = Origin(base.name)
+        self._alike = Alike()
         self._pins: Counter[str] = Counter()
         self.lowered: dict[str, Lowered] = {}
         self.folders: dict[str, Folder] = {}
@@ -78,7 +80,7 @@ class Stock:
         return self.keep(made)
 
     def lower(self, folder: Folder) -> Lowered:
-        adapter = admit(folder, self._base, self._modules, self._options)
+        adapter = admit(folder, self._base, self._modules, self._options, self._alike)
         lowered = lower(adapter, self._base, self._modules, self._options.dtype)
         heads = weighing.whole_modules(lowered)
         self.own_heads |= {head for head in heads if not self._origin.brings(head)}
