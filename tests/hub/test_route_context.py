@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     BartConfig,
@@ -20,11 +22,13 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Qwen2MoeConfig,
     RobertaConfig,
     T5Config,
 )
 
 from adapterkit.hub import attach
+from adapterkit.registry.errors import InvalidError
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -81,6 +85,12 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         RobertaConfig(**SIZES, num_labels=3)
     ),
     "masked": lambda: transformers.BertForMaskedLM(BertConfig(**SIZES)),
+    "moe": lambda: transformers.Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **GROUPED, moe_intermediate_size=16, shared_expert_intermediate_size=48, num_experts=4,
+            num_experts_per_tok=2,
+        )
+    ),
     "llama tokens": lambda: transformers.LlamaForTokenClassification(
         LlamaConfig(**GROUPED, num_labels=3)
     ),
@@ -97,10 +107,12 @@ TARGETS = {
     "opt": (["q_proj", "v_proj"], "fc2"),
     "bloom": (["query_key_value"], "dense_4h_to_h"),
     "falcon": (["query_key_value"], "dense_4h_to_h"),
+    "moe": (["shared_expert.up_proj"], "shared_expert.down_proj"),
     "t5": (["q", "v"], "wo"),
     "bart": (["q_proj", "v_proj"], "fc2"),
 }
 BERT = (["query", "value"], "attention.output.dense")
+LLAMA = TARGETS["llama"]
 ROWS = (None, "prefix 4", "prefix 9", "prompt 3", "lora", "dora", "ia3")
 PAD = 1
 
@@ -131,7 +143,9 @@ def config_of(family: str, kind: str) -> Any:
     if n:
         made = {"prefix": peft.PrefixTuningConfig, "prompt": peft.PromptTuningConfig}[name]
         return made(task_type=task, num_virtual_tokens=int(n))
-    targets, last = TARGETS.get(family, BERT)
+    targets, last = TARGETS.get(
+        family, LLAMA if family[:5] in ("llama", "mistr", "gemma") else BERT
+    )
     if name == "ia3":
         every = [*targets, last]
         return peft.IA3Config(target_modules=every, feedforward_modules=[last])
@@ -213,10 +227,10 @@ def close(found: Tensor, expected: Tensor, inputs: dict[str, Any]) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-DECODERS = ("llama", "gpt2", "opt", "bloom", "falcon")
+DECODERS = ("llama", "gpt2", "opt", "bloom", "falcon", "moe")
 PADDED = [
     (family, padding)
-    for family in (*DECODERS, *PAIRS, *ENCODERS)
+    for family in (*DECODERS, "llama whole", *PAIRS, *ENCODERS)
     for padding in ("", "left", "right")
     if padding != "left" or family not in ENCODERS
 ]
@@ -284,3 +298,301 @@ def test_sampled_tokens_come_from_what_each_row_gives_alone(family: str, folder:
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             made = model(tokens[None], attention_mask=mask, position_ids=positions).logits[:, 7:-1]
         torch.testing.assert_close(logits[number], made[0], atol=1e-5, rtol=1e-5)
+
+
+def labels_of(family: str, inputs: dict[str, Any]) -> Tensor:
+    """Each row another number of labels that count."""
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    if family == "bert":
+        return inputs["input_ids"][:, 0] % 3
+    return labels.clamp(max=2) if "tokens" in family else labels
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "t5", "bart", "bert", "tokens", "masked", "llama tokens"]
+)
+def test_a_loss_is_the_mean_of_what_counts_in_each_row(
+    family: str, virtual: bool, folder: Folder
+) -> None:
+    rows = ROWS[:4]
+    model = make(family)
+    adapters = attach(model, {}, virtual_outputs=virtual)
+    for kind in rows[1:]:
+        adapters.add(str(kind), folder(family, str(kind)))
+    inputs = batch(len(rows), "right")
+    labels = labels_of(family, inputs)
+    with adapters.routed(list(rows)):
+        found = forward(model, **inputs, labels=labels).loss
+    total, counts = 0.0, 0
+    shifted = family in ("llama", "gpt2")
+    for row, kind in enumerate(rows):
+        active(adapters, kind)
+        alone = row_of({**inputs, "labels": labels}, row)
+        n = int((alone["labels"] != -100).sum())
+        n -= int(shifted and kind != "prompt 3")  # only a virtual token foretells the first
+        total, counts = total + n * float(forward(model, **alone).loss), counts + n
+    assert float(found) == pytest.approx(total / counts, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "tokens", "masked"])
+def test_virtual_outputs_stand_before_those_of_the_callers_tokens(
+    family: str, folder: Folder
+) -> None:
+    """As many as the row has, at the end of those that the longest has."""
+    rows = (None, "prompt 3", "prefix 4", "prompt 5")
+    model = make(family)
+    adapters = attach(model, {}, virtual_outputs=True)
+    for kind in rows[1:]:
+        adapters.add(str(kind), folder(family, str(kind)))
+    inputs = batch(len(rows))
+    with adapters.routed(list(rows)):
+        found = forward(model, **inputs, output_hidden_states=True)
+    assert found.logits.shape[1] == 5 + 8
+    for row, (kind, n) in enumerate(zip(rows, (0, 3, 0, 5), strict=True)):
+        active(adapters, kind)
+        expected = forward(model, **row_of(inputs, row), output_hidden_states=True)
+        pairs = [(found.logits, expected.logits)]
+        pairs += zip(found.hidden_states, expected.hidden_states, strict=True)
+        for mixed, alone in pairs:
+            assert alone.shape[1] == n + 8
+            torch.testing.assert_close(mixed[row, 5 - n :], alone[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+def test_vectors_positions_no_mask_and_hidden_states(family: str, folder: Folder) -> None:
+    """What the caller may give and ask for otherwise."""
+    rows = ROWS[:5]
+    model, adapters = attached(family, folder, rows)
+    ids = batch(len(rows))["input_ids"]
+    more: dict[str, Any] = {"output_hidden_states": True, "return_dict": True}
+    if family == "t5":
+        more["decoder_input_ids"] = ids[:, :5]
+    calls = [
+        {"input_ids": ids},
+        {"inputs_embeds": model.get_input_embeddings()(ids)},
+        {"input_ids": ids, "position_ids": torch.arange(8)[None].expand(5, -1) + 2},
+    ]
+    for call in calls[: 2 if family == "t5" else 3]:
+        with torch.inference_mode(), adapters.routed(list(rows)):
+            found = model(**call, **more)
+        for row, kind in enumerate(rows):
+            active(adapters, kind)
+            alone = {k: v[row : row + 1] for k, v in (call | more).items() if torch.is_tensor(v)}
+            expected = model(**alone, output_hidden_states=True)
+            torch.testing.assert_close(
+                found.logits[row : row + 1], expected.logits, atol=1e-5, rtol=1e-5
+            )
+            name = "decoder_hidden_states" if family == "t5" else "hidden_states"
+            for one, other in zip(found[name], expected[name], strict=True):
+                assert one.shape[1:] == other.shape[1:]
+                torch.testing.assert_close(one[row : row + 1], other, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_may_have_several_and_what_is_active_otherwise_does_not_count(
+    folder: Folder,
+) -> None:
+    model, adapters = attached("llama", folder)
+    rows: list[Any] = [
+        {"prefix 4": 1, "prompt 3": 1, "lora": 0.5}, {"prompt 3": 1, "prefix 9": 1, "prefix 4": 1},
+        "ia3", None,
+    ]  # fmt: skip
+    inputs = batch(len(rows), "left")
+    adapters.activate(["prefix 9"])
+    with adapters.routed(rows):
+        found = forward(model, **inputs).logits
+        tokens = generate(model, inputs, num_beams=2)
+    for row, kind in enumerate(rows):
+        adapters.activate(kind if isinstance(kind, dict) else [kind] if kind else [])
+        alone = row_of(inputs, row)
+        close(found[row : row + 1], forward(model, **alone).logits, alone)
+        assert torch.equal(tokens[row : row + 1], generate(model, alone, num_beams=2))
+
+
+def test_a_sequence_goes_on_under_the_routing_that_began_it(folder: Folder) -> None:
+    model, adapters = attached("llama", folder)
+    inputs, rows = batch(len(ROWS)), list(ROWS)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with adapters.routed(rows):
+        whole = forward(model, **inputs).logits
+        cache = forward(model, input_ids=ids[:, :5], use_cache=True).past_key_values
+        rest = forward(model, input_ids=ids[:, 5:], attention_mask=mask, past_key_values=cache)
+    torch.testing.assert_close(rest.logits, whole[:, 5:], atol=1e-4, rtol=1e-4)
+    step = {"input_ids": ids[:, :1], "past_key_values": cache}
+    with adapters.routed(rows[::-1]), pytest.raises(InvalidError, match="from before the active"):
+        forward(model, **step)
+    with pytest.raises(InvalidError, match="from before the active"):
+        forward(model, **step)
+    with adapters.routed(rows[:2]), pytest.raises(InvalidError, match="2 rows are routed.* has 7"):
+        forward(model, **inputs)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_sliding_window_leaves_prefixes_behind_as_it_does_alone(
+    family: str, folder: Folder
+) -> None:
+    """Prefixes share a batch with rows that have none, and prompts do; both together only as long
+    as all positions are within the window."""
+    model, adapters = attached(family, folder, ROWS)
+    for rows in (
+        (None, "prefix 4", "prefix 9", "lora"), (None, "prompt 3", "prompt 5"),
+    ):  # fmt: skip
+        if "prompt 5" in rows:
+            adapters.add("prompt 5", folder(family, "prompt 5"))
+        inputs = batch(len(rows), "right")
+        with adapters.routed(list(rows)):
+            found = forward(model, **inputs).logits
+            tokens = generate(model, batch(len(rows)))
+        for row, kind in enumerate(rows):
+            active(adapters, kind)
+            alone = row_of(inputs, row)
+            close(found[row : row + 1], forward(model, **alone).logits, alone)
+            expected = generate(model, row_of(batch(len(rows)), row))
+            assert torch.equal(tokens[row : row + 1], expected)
+    far = pytest.raises(InvalidError, match=r"15 positions, but a window of 6: .*prefix")
+    with adapters.routed(["prefix 4", "prompt 3"]), far:
+        forward(model, **batch(2))
+
+
+def test_a_gap_within_the_window_is_no_matter(folder: Folder) -> None:
+    FAMILIES["wide"] = lambda: transformers.MistralForCausalLM(
+        MistralConfig(**GROUPED, sliding_window=32)
+    )
+    rows = ("prefix 4", "prompt 3", None)
+    model = make("wide")
+    adapters = attach(model, {})
+    for kind in rows[:2]:
+        adapters.add(str(kind), folder("mistral", str(kind)))
+    inputs = batch(len(rows), "left")
+    with adapters.routed(list(rows)):
+        found = forward(model, **inputs).logits
+    for row, kind in enumerate(rows):
+        active(adapters, kind)
+        alone = row_of(inputs, row)
+        close(found[row : row + 1], forward(model, **alone).logits, alone)
+
+
+def test_distances_alone_tell_positions_too(folder: Folder) -> None:
+    rows = (None, "prompt 3", "prompt 5")
+    model = make("mpt")
+    adapters = attach(model, {})
+    for kind in rows[1:]:
+        adapters.add(str(kind), folder("llama", str(kind)))
+    inputs = batch(len(rows), "right")
+    with adapters.routed(list(rows)):
+        found = forward(model, **inputs).logits
+        with pytest.raises(InvalidError, match="mpt takes no position_ids"):
+            forward(model, **batch(len(rows), "left"))
+    for row, kind in enumerate(rows):
+        active(adapters, kind)
+        alone = row_of(inputs, row)
+        close(found[row : row + 1], forward(model, **alone).logits, alone)
+
+
+def test_rows_of_other_lengths_are_refused_where_padding_would_count(folder: Folder) -> None:
+    """Convolutions see what a mask hides; prompts of one length go together."""
+    config = transformers.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"])
+    model = transformers.Lfm2ForCausalLM(config).eval()
+    inputs = {"input_ids": batch(2)["input_ids"], "use_cache": False}
+    with attach(model, {"a": folder("llama", "prompt 3")}) as adapters:
+        with adapters.routed(["a", "a"]):
+            together = forward(model, **inputs).logits
+        torch.testing.assert_close(together, forward(model, **inputs).logits)
+        refused = pytest.raises(InvalidError, match="Lfm2Model does more than attend.*cannot share")
+        with refused, adapters.routed(["a", None]):
+            pass
+
+
+def write_adapterhub_prefix(path: Path, places: tuple[str, ...], n: int) -> Path:
+    """A prefix of AdapterHub's library for T5: n keys in every attention of these places."""
+    path.mkdir()
+    generator = torch.Generator().manual_seed(n)
+    state = {
+        f"prefix_tuning.prefix_tunings.task.{place}_prefix.control_trans": torch.randn(
+            n * 2 * 2 * 32, generator=generator
+        )
+        for place in places
+    }
+    torch.save(state, path / "pytorch_adapter.bin")
+    method = {
+        "architecture": "prefix_tuning", "prefix_length": n, "flat": True,
+        "encoder_prefix": "encoder" in places, "cross_prefix": "cross" in places,
+    }  # fmt: skip
+    config = {
+        "config": method, "hidden_size": 32, "model_class": "T5ForConditionalGeneration",
+        "model_name": "t5", "model_type": "t5", "name": "task", "version": "adapters.1.3.0",
+    }  # fmt: skip
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_prefixes_of_every_attention_of_an_encoder_decoder(
+    attention: str, folder: Folder, tmp_path: Path
+) -> None:
+    """Those that shift positions beside those that do not, before other attentions each."""
+    model = make("t5")
+    model.set_attn_implementation(attention)
+    adapters = attach(model, {})
+    for n, places in ((3, ("self",)), (5, ("self", "encoder")), (6, ("self", "encoder", "cross"))):
+        adapters.add(str(n), write_adapterhub_prefix(tmp_path / str(n), places, n))
+    for kind in ROWS[1:5]:
+        adapters.add(str(kind), folder("t5", str(kind)))
+    rows = ("3", None, "5", "6", *ROWS[1:5])
+    for padding in ("", "right"):
+        inputs = batch(len(rows), padding)
+        unmasked = {} if padding else {"input_ids": inputs["input_ids"]}
+        call = unmasked or inputs
+        with adapters.routed(list(rows)):
+            found = forward(model, **call).logits
+            tokens = [generate(model, inputs, **m) for m in MODES[:2] + MODES[3:]]
+        for row, kind in enumerate(rows):
+            active(adapters, kind)
+            expected = forward(model, **row_of(call, row)).logits
+            torch.testing.assert_close(found[row : row + 1], expected, atol=1e-5, rtol=1e-5)
+            for mode, made in zip(MODES[:2] + MODES[3:], tokens, strict=True):
+                alone = generate(model, row_of(inputs, row), **mode)
+                assert torch.equal(made[row : row + 1], alone)
+
+
+PROMPTS = {"prompt_tuning", "p_tuning", "p_tuning_v1"}
+KINDS = {"prefix_tuning", "p_tuning_v2", "union", *PROMPTS}
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("base", ["bert", "llama", "gpt2", "t5"])
+def test_whatever_any_format_puts_in_front_shares_a_batch(
+    base: str, gated: bool, index: dict[str, Any], fixtures: Path
+) -> None:
+    """Every fixture for a base. Gated prefixes see no rows with virtual tokens."""
+    cases = {
+        case["id"]: case
+        for case in index["cases"]
+        if case["id"].startswith(f"{base}.") and case["kind"] in KINDS
+        and case["operation"]["op"] == "forward"
+        and case["kind"] not in (PROMPTS if gated else {"union"})
+    }  # fmt: skip
+    if not cases:
+        pytest.skip(f"no fixture for {base}")
+    first = next(iter(cases.values()))
+    load = getattr(transformers, first["base_load"]["class"]).from_pretrained
+    model = load(fixtures / first["base_path"]).eval()
+    adapters = attach(model, {})
+    for name, case in cases.items():
+        adapters.add(name, fixtures / case["adapters"][0]["path"])
+    rows = [None, *cases]
+    inputs: dict[str, Any] = batch(len(rows), "right")
+    for row, name in enumerate(rows):
+        if name and cases[name]["kind"] == "p_tuning_v1":
+            n = int(load_file(fixtures / cases[name]["inputs"]["file"])["block_flag"][0].sum())
+            flags = inputs.setdefault("block_flag", torch.ones_like(inputs["input_ids"]))
+            flags[row] = 0
+            flags[row, :n] = 1
+            with adapters.routed(rows), pytest.raises(InvalidError, match="where block_flag is 1"):
+                forward(model, **batch(len(rows)))
+    with adapters.routed(rows):
+        found = forward(model, **inputs).logits
+    for row, name in enumerate(rows):
+        active(adapters, name)
+        alone = row_of(inputs, row)
+        close(found[row : row + 1], forward(model, **alone).logits, alone)
