@@ -119,7 +119,7 @@ def prefill(report: rounds.Report, three: Three, what: str, length: int) -> None
     report.say(llama.require_same(said, sides["ours"](), sides["PEFT"](), sides["bare base"]()))
     found = three.timed(sides)
     report.table(said, "side", "median", "least", "more than the base")
-    report.times(found, "bare base")
+    report.times(found)
     ratio = rounds.median(found["ours"]) / rounds.median(found["bare base"])
     report.bar(f"{said}: times the bare base", ratio, PREFILL)
 
@@ -162,9 +162,9 @@ def decode(report: rounds.Report, three: Three, what: str) -> None:
                plain["bare base"](), "the same run eagerly"))  # fmt: skip
     replayed = three.timed(graphs)
     report.table(f"{what}, one token", "side", "median", "least", "more than the base")
-    report.times(eager, "bare base")
-    report.times(replayed, "bare base, graph")
-    sides = ("ours, with a switch", "PEFT", "bare base")
+    report.times(eager)
+    report.times(replayed)
+    sides = ("ours, with a switch", "PEFT")
     report.share(f"{what}, one token, eager", eager, sides, EAGER_SHARE)
     ratio = rounds.median(replayed["ours, graph"]) / rounds.median(replayed["bare base, graph"])
     report.bar(f"{what}, one token, graph: times the bare base", ratio, GRAPH)
@@ -188,8 +188,8 @@ def mixed(report: rounds.Report, three: Three, what: str) -> None:
         sides = {"bare base, graph": bare, "ours, graph": mine}
         replayed = three.timed({name: graphed(run, three.device) for name, run in sides.items()})
     report.table(said, "side", "median", "least", "more than the base")
-    report.times(eager, "bare base")
-    report.times(replayed, "bare base, graph")
+    report.times(eager)
+    report.times(replayed)
     read = rows * three.adapter_bytes
     whole = bytes_read(three.bare)
     bound = 1 + read / whole

@@ -145,7 +145,7 @@ def swaps(report: rounds.Report, bare: Any, folders: Folders, given: Any) -> Non
         "ours": lambda: adapters.swap("a0", place["folder"]),
         "PEFT": lambda: hotswap_adapter(model, str(place["folder"]), adapter_name="a0"),
     }
-    found: rounds.Times = {name: [] for name in sides}
+    found = rounds.Times(sides)
     for number in range(2 * given.repeats + 1):
         place["folder"] = next(pool)
         for name, call in sides.items():
@@ -154,7 +154,7 @@ def swaps(report: rounds.Report, bare: Any, folders: Folders, given: Any) -> Non
                 found[name].append(spent)
     ids = llama.tokens(bare, 1, 8)
     logits = [each(ids).logits for each in (mine, model, bare)]
-    report.table("One adapter replaced from disk, 4 loaded", "side", "median", "least")
+    report.table("One adapter replaced from disk, 4 loaded", "side", "median", "least", "")
     report.times(found)
     report.say(llama.require_same("after the last swap", *logits))
     ratio = rounds.median(found["PEFT"]) / rounds.median(found["ours"])

@@ -8,14 +8,11 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any
 
 import torch
-
-Times = dict[str, list[float]]
-
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 clock = CLOCKS["wall"]
@@ -27,19 +24,30 @@ def seconds(work: Callable[[], object]) -> float:
     return clock() - start
 
 
+class Times(dict[str, list[float]]):
+    """Seconds of each side. more: of what it takes more than the base just before it."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__((name, []) for name in names)
+        self.more: dict[str, list[float]] = {name: [] for name in self}
+
+
 def alternate(sides: Mapping[str, Callable[[], object]], repeats: int, warm: int = 1) -> Times:
-    """Seconds of every call. Each round begins with another side, so that none always comes after
-    the same one; the first rounds are not counted."""
-    names = list(sides)
-    found: Times = {name: [] for name in names}
+    """The first side is the base, and comes before every other: on a machine that others use, what
+    slows one of them down slows both. Each round begins with another side; the first rounds are
+    not counted."""
+    base, *names = sides
+    found = Times(sides)
     gc.collect()
     gc.disable()
     for number in range(repeats + warm):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            spent = seconds(sides[name])
+            plain, spent = seconds(sides[base]), seconds(sides[name])
             if number >= warm:
+                found[base].append(plain)
                 found[name].append(spent)
+                found.more[name].append(spent - plain)
     gc.enable()
     return found
 
@@ -48,21 +56,16 @@ def median(times: list[float]) -> float:
     return statistics.median(times)
 
 
-def over(times: Times, side: str, base: str) -> float:
-    """The median of what a side takes more than the base in the same round: on a machine that
-    others use, both sides of a round share what slows them down."""
-    return median([a - b for a, b in zip(times[side], times[base], strict=True)])
+def over(times: Times, side: str) -> float:
+    """What a side takes more than the base."""
+    return median(times.more[side])
 
 
-def share(times: Times, side: str, peer: str, base: str) -> float:
-    """What a side adds to the base, in parts of what its peer adds."""
-    return over(times, side, base) / over(times, peer, base)
-
-
-def least_share(times: Times, side: str, peer: str, base: str) -> float:
-    """The same of the least times, which a busy machine disturbs less."""
-    least = {name: min(spent) for name, spent in times.items()}
-    return (least[side] - least[base]) / (least[peer] - least[base])
+def least_share(times: Times, side: str, peer: str) -> float:
+    """What a side takes more than the base, in parts of what its peer does, by the least times: a
+    busy machine disturbs those less."""
+    base = min(times[next(iter(times))])
+    return (min(times[side]) - base) / (min(times[peer]) - base)
 
 
 class Report:
@@ -90,17 +93,17 @@ class Report:
     def say(self, line: str) -> None:
         print(f"\n{line}", flush=True)
 
-    def times(self, times: Times, base: str = "") -> None:
+    def times(self, times: Times) -> None:
         """A row for each side: median, least, and what it adds to the base."""
         for name, spent in times.items():
-            extra = [shown(over(times, name, base)) if name != base else ""] if base else []
-            self.row(name, shown(median(spent)), shown(min(spent)), *extra)
+            extra = shown(median(times.more[name])) if times.more[name] else ""
+            self.row(name, shown(median(spent)), shown(min(spent)), extra)
 
-    def share(self, what: str, times: Times, sides: tuple[str, str, str], limit: float) -> None:
-        """The bar of an overhead. sides: ours, PEFT's, the base."""
+    def share(self, what: str, times: Times, sides: tuple[str, str], limit: float) -> None:
+        """The bar of an overhead. sides: ours, PEFT's."""
         least = least_share(times, *sides)
         self.bar(f"{what}: overhead, parts of PEFT's (of least times {least:.2f})",
-                 share(times, *sides), limit)  # fmt: skip
+                 over(times, sides[0]) / over(times, sides[1]), limit)  # fmt: skip
 
     def bar(self, what: str, found: float, limit: float, *, least: bool = False) -> None:
         """least: the figure must reach the limit, otherwise stay within it."""

@@ -85,10 +85,10 @@ def active(report: rounds.Report, bare: Any, pair: Pair, given: Any) -> None:
         report.say(llama.require_same(f"{what}, {ACTIVE} active", *logits))
         found = rounds.alternate(sides, given.repeats)
         report.table(f"{ACTIVE} active, {what}", "side", "median", "least", "more than the base")
-        report.times(found, "bare base")
+        report.times(found)
         for side in ("ours, activate + forward", "ours, forward"):
             said = f"{what}, {ACTIVE} active, {side}"
-            report.share(said, found, (side, "PEFT, forward", "bare base"), limit)
+            report.share(said, found, (side, "PEFT, forward"), limit)
 
 
 def routed(report: rounds.Report, bare: Any, pair: Pair, many: Folders, given: Any) -> None:
@@ -118,9 +118,9 @@ def routed(report: rounds.Report, bare: Any, pair: Pair, many: Folders, given: A
         found = rounds.alternate(sides, given.repeats)
         title = f"{ROWS} rows with {ROWS} adapters, {what}"
         report.table(title, "side", "median", "least", "more than the base")
-        report.times(found, "bare base")
+        report.times(found)
         for side in ("ours", f"ours, {len(many)} attached"):
-            sides = (side, "PEFT", "bare base")
+            sides = (side, "PEFT")
             report.share(f"{what}, {side}", found, sides, ROUTED_SHARE[what])
 
 

@@ -15,6 +15,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import torch
 
 from adapterkit.hub import Adapters, attach
 
-FEW = 16
+FEW, USED = 16, 8
 CALL_RATIO, STEP_SHARE, EQUAL = 1000.0, 0.6, 1.1
 
 
@@ -34,6 +35,10 @@ class Side:
     def __init__(self, model: Any, names: list[str], switch: Callable[[str], object]) -> None:
         self.model, self.names, self.switch = model, names, switch
         self._turn: Iterator[str] = itertools.cycle(names)
+
+    def among(self, count: int) -> None:
+        """Only this many of the names from here on, of all places."""
+        self._turn = itertools.cycle(self.names[:: max(1, len(self.names) // count)])
 
     def next(self) -> None:
         self.switch(next(self._turn))
@@ -61,7 +66,7 @@ def calls(report: rounds.Report, pairs: dict[int, tuple[Side, Side]], repeats: i
         first = [rounds.seconds(mine.next) for _ in mine.names]
         later, old = [], []
         for _ in range(repeats):
-            old += [rounds.seconds(peft.next) for _ in range(8)]
+            old += [rounds.seconds(peft.next) for _ in range(4)]
             later += [rounds.seconds(mine.next) for _ in mine.names]
         ratios[count] = rounds.median(old) / rounds.median(later)
         shown = [rounds.shown(rounds.median(times)) for times in (old, first, later)]
@@ -80,6 +85,10 @@ def steps(
         sides[f"PEFT, {count}"] = lambda peft=peft: peft.switched(step)
         sides[f"PEFT, {count}, no switch"] = lambda peft=peft: step(peft.model)
     for mine, peft in pairs.values():
+        mine.among(USED)
+        first = [rounds.seconds(partial(mine.switched, step)) for _ in range(USED)]
+        said = rounds.shown(rounds.median(first))
+        report.say(f"{len(mine.names)} attached, the first step of each of {USED}: {said}")
         for side in (mine, peft):
             side.switch(side.names[1])
         logits = step(mine.model), step(peft.model), step(bare)
@@ -87,11 +96,12 @@ def steps(
     found = rounds.alternate(sides, repeats)
     columns = ("switch + decoding step", "median", "least", "more than the base")
     report.table("The next step", *columns)
-    report.times(found, "bare base")
+    report.times(found)
     for count in pairs:
-        sides = (f"ours, {count}", f"PEFT, {count}, no switch", "bare base")
-        report.share(f"switch among {count} + step, PEFT's without", found, sides, STEP_SHARE)
-    few, many = (rounds.median(found[f"ours, {count}"]) for count in pairs)
+        both = (f"ours, {count}", f"PEFT, {count}, no switch")
+        report.share(f"switch among {count} + step, PEFT's without", found, both, STEP_SHARE)
+    plain = rounds.median(found["bare base"])
+    few, many = (plain + rounds.over(found, f"ours, {count}") for count in pairs)
     report.bar("many attached against few, the longer by the shorter",
                max(few, many) / min(few, many), EQUAL)  # fmt: skip
 
