@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,8 +183,3 @@ def require_same(what: str, ours: Tensor, theirs: Tensor, bare: Tensor, whose: s
     if not apart <= EPSILON:
         raise SystemExit(f"{what}: logits differ by {apart:.2g} of what the adapters change")
     return f"{what}: logits differ from those of {whose} by {apart:.1%} of what the adapters change"
-
-
-def among(names: Sequence[str], count: int, start: int = 0) -> list[str]:
-    """`count` names from `start` on, around the end."""
-    return [names[(start + index) % len(names)] for index in range(count)]
