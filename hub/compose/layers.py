@@ -7,6 +7,7 @@ came to a module first, and the module's own forward stays what it was.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +30,8 @@ from adapterkit.hub.primitives import Bottleneck, Coupling, Fusion
 from adapterkit.registry.errors import InvalidError
 
 Runs = Mapping[Place, Run]
+# (rows of an input, None for all of them; what runs on them; within what)
+Share = tuple[Tensor | None, Run | None, AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -142,22 +145,23 @@ class Tap:
         y = self._after(h, x0.to(h.device))
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
-    def _runs(self, h: Tensor) -> Iterator[tuple[Tensor | None, Run | None]]:
-        """What runs on which rows of h; None for all of them."""
+    def _runs(self, h: Tensor) -> Iterator[Share]:
         state = self._current.now
         if not isinstance(state, Routed):
-            yield None, state.get(self._place)
+            yield None, state.get(self._place), nullcontext()
             return
-        layout = state.rows.within(h.shape, self._place.h)
-        for mix, index in state.rows.members(layout, h.device):
-            yield index, state.runs[mix].get(self._place)
+        rows = state.rows
+        layout = rows.within(h.shape, self._place.h)
+        for mix, index in rows.members(layout, h.device):
+            yield index, state.runs[mix].get(self._place), rows.batch.part(mix)
 
     def _after(self, h: Tensor, x0: Tensor) -> Tensor:
         """What stands for h, so that what the layer makes of it is what it should be."""
         made, instead = [], []
-        for index, run in self._runs(h):
+        for index, run, part in self._runs(h):
             mine = (h, x0) if index is None else (h[index], x0[index])
-            y, stands = self._settled(run, *mine)
+            with part:  # the norm of the layer may be routed, too
+                y, stands = self._settled(run, *mine)
             made.append((index, y))
             if stands:
                 instead.append((index, y))
