@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -63,6 +65,17 @@ class Current(Generic[S]):
         before, self._own.state = self._own.state, state
         self._last = self.shared if state is SHARED else state
         return before
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """For tensors that are made while a model runs, and outlive that: no part of a graph, and of use
+    outside of inference mode too."""
+    if not torch.is_inference_mode_enabled() and not torch.is_grad_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def recompile() -> None:
