@@ -21,14 +21,32 @@ from adapterkit.hub.compose.interventions import Interventions
 from adapterkit.hub.compose.layers import Layers
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.parts import Make, Part
+from adapterkit.hub.compose.possible import require_no_means
 from adapterkit.hub.compose.rows import Recorder, Rows
 from adapterkit.hub.compose.updates import Updates
+from adapterkit.hub.primitives import (
+    Bottleneck,
+    Coupling,
+    FirstToken,
+    Head,
+    Intervention,
+    PrefixKV,
+    Primitive,
+    VirtualTokens,
+)
 
-# One for each class of primitives, from the outside in; Updates, the last, has the banks.
-PARTS: tuple[Make, ...] = (Context, Entry, Heads, Interventions, Layers)
+# One for each class of primitives, from the outside in; Updates, the last, has the banks. What an
+# adapter has to hold to concern it (nothing: it is asked always), and its state while none does.
+PARTS: tuple[tuple[Make, tuple[type[Primitive], ...], Any], ...] = (
+    (Context, (PrefixKV, VirtualTokens), None),
+    (Entry, (), None),
+    (Heads, (Head, FirstToken), {}),
+    (Interventions, (Intervention,), {}),
+    (Layers, (Bottleneck, Coupling), {}),
+)
 # What is kept ready to be switched to again: setups of one adapter only point into the banks, those
 # of several may hold copies of factors side by side, as routes may.
-LIGHT, HEAVY = 1024, 2
+LIGHT, HEAVY = 256, 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +65,10 @@ class Ready:
 class Engine:
     def __init__(self, model: nn.Module, base: Base, options: Options) -> None:
         self.updates = Updates(model, base, options)
-        self._parts: list[Part] = [*(make(model, base, options) for make in PARTS), self.updates]
+        made = [(make(model, base, options), classes, idle) for make, classes, idle in PARTS]
+        self._asked: list[tuple[Part, tuple[type[Primitive], ...], Any]] = made
+        self._asked.append((self.updates, (), None))
+        self._parts = [part for part, _, _ in self._asked]
         self._recorder = Recorder(model)
         self._turn = Turn()
         self._light: OrderedDict[Any, Ready] = OrderedDict()
@@ -80,8 +101,14 @@ class Engine:
 
     def ready(self, active: Setup, given: Setup, lowered: Mapping[str, Lowered]) -> Ready:
         """Raises if a part cannot be so; then nothing has changed."""
-        states = tuple(part.plan(active, lowered) for part in self._parts)
-        return Ready((active,), given, states)
+        return Ready((active,), given, self._states(active, lowered))
+
+    def _states(self, active: Setup, lowered: Mapping[str, Lowered]) -> tuple[Any, ...]:
+        held = {each for name in active for each in lowered[name].classes}
+        return tuple(
+            part.plan(active, lowered) if not classes or not held.isdisjoint(classes) else idle
+            for part, classes, idle in self._asked
+        )
 
     def switch(self, ready: Ready) -> None:
         for part, state in zip(self._parts, ready.states, strict=True):
@@ -94,9 +121,10 @@ class Engine:
         """Rows of the batch that have one of these setups each."""
         self._recorder.install()
         rows = Rows(tuple(of), self._recorder.batch)
-        mixes = [[part.plan(setup, lowered) for setup in setups] for part in self._parts]
+        mixes = zip(*(self._states(setup, lowered) for setup in setups), strict=True)
         routed = zip(self._parts, mixes, strict=True)
         states = tuple(part.route(states, rows) for part, states in routed)
+        require_no_means([setups[mix] for mix in sorted(rows.padded)], lowered)
         return Ready(tuple(setups), Setup({}), states)
 
     @contextmanager

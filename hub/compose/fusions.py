@@ -13,6 +13,8 @@ from adapterkit.registry.errors import ConflictError, InvalidError, NotFoundErro
 
 def joined_by(lowered: Lowered) -> tuple[str, ...]:
     """Names of the adapters that a fusion joins, () for any other kind."""
+    if not lowered.holds(Fusion):
+        return ()
     made = (primitive for each in lowered.updates.values() for primitive in each)
     return next((p.names for p in made if isinstance(p, Fusion)), ())
 

@@ -69,9 +69,9 @@ class Current(Generic[S]):
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """For tensors that are made while a model runs, and outlive that: no part of a graph, and of use
-    outside of inference mode too."""
-    if not torch.is_inference_mode_enabled() and not torch.is_grad_enabled():
+    """For tensors that are made while a model runs, and outlive that: no part of a graph, and of
+    use outside of inference mode too."""
+    if torch.compiler.is_compiling():
         yield
         return
     with torch.inference_mode(False), torch.no_grad():

@@ -51,6 +51,14 @@ class Lowered:
     bound: tuple[Bound, ...]
 
     @cached_property
+    def classes(self) -> tuple[type[Primitive], ...]:
+        """Of its primitives."""
+        return tuple({type(each) for made in self.updates.values() for each in made})
+
+    def holds(self, *classes: type[Primitive]) -> bool:
+        return any(issubclass(held, classes) for held in self.classes)
+
+    @cached_property
     def size(self) -> int:
         """Bytes that its primitives hold, whatever they share counted once."""
         every = [primitive for made in self.updates.values() for primitive in made]

@@ -15,6 +15,7 @@ from adapterkit.hub.compose.alike import Alike
 from adapterkit.hub.compose.demand import Demand, bytes_of
 from adapterkit.hub.compose.engine import Engine
 from adapterkit.hub.compose.groups import Groups, group_of
+from adapterkit.hub.compose.here import lasting
 from adapterkit.hub.compose.lowering import Lowered, lower
 from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.findings import clean
@@ -79,6 +80,7 @@ class Stock:
         self.folders |= dict(pairs)
         return self.keep(made)
 
+    @lasting()
     def lower(self, folder: Folder) -> Lowered:
         adapter = admit(folder, self._base, self._modules, self._options, self._alike)
         lowered = lower(adapter, self._base, self._modules, self._options.dtype)
@@ -86,6 +88,7 @@ class Stock:
         self.own_heads |= {head for head in heads if not self._origin.brings(head)}
         return lowered
 
+    @lasting()
     def keep(self, made: Mapping[str, Lowered]) -> bool:
         """Into the banks, beside those that are there. Whether one had to grow, so that all were
         moved and whatever looks at them has to be made anew."""

@@ -20,7 +20,7 @@ from adapterkit.hub.compose.bank import Banked
 from adapterkit.hub.compose.banks import Banks
 from adapterkit.hub.compose.blocks import Setup
 from adapterkit.hub.compose.fixed import Room
-from adapterkit.hub.compose.here import Current, recompile
+from adapterkit.hub.compose.here import Current, lasting, recompile
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.patch import Patch, Runner
 from adapterkit.hub.compose.plan import Plan, Weighted
@@ -77,6 +77,7 @@ class Active:
     sequential: bool
     ready: dict[str, Runner | None] = field(default_factory=dict)
 
+    @lasting()
     def make(self, patch: Patch) -> Runner | None:
         found = self.folded(patch)
         runner = self.ready[patch.path] = found.runner if isinstance(found, Plan) else found
