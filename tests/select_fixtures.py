@@ -54,6 +54,8 @@ ALWAYS = (  # the main path, and what the tests of attach need: larger than othe
     "bert.bitfit_opendelta",
     "llama.lora_pissa",
     "llama.other_boft",
+    "llama.batch_mixed_heads",
+    "llama.batch_mixed_three",
 )
 WHOLE = ("bases", "inputs", "expected_base", "bad.tar.gz")
 FAMILY = {
