@@ -17,7 +17,7 @@ from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose import inputs, outputs
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.fronts import by_rows, standing
-from adapterkit.hub.compose.here import Current
+from adapterkit.hub.compose.here import Current, recompile
 from adapterkit.hub.compose.inputs import Call
 from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.onestack import OneStack
@@ -75,6 +75,7 @@ class Context:
         self._swaps.clear()
 
     def _install(self) -> None:
+        recompile()
         stack: OneStack | TwoStacks
         if self._is_pair:
             stack = TwoStacks(self._model, self._active, self._here)

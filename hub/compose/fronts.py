@@ -19,7 +19,7 @@ from adapterkit.hub.compose.rows import Rows
 from adapterkit.hub.compose.standing import Attended, Gate, Mix, Standing
 from adapterkit.hub.findings import clean
 from adapterkit.hub.primitives import PrefixKV, VirtualTokens
-from adapterkit.registry.errors import InvalidError, MismatchError
+from adapterkit.registry.errors import MismatchError
 
 NUMBERS = itertools.count(1)
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -59,13 +59,7 @@ def by_rows(found: Sequence[Standing | None], rows: Rows) -> Standing | None:
     own = _side_by_side([{} if each is None else each.own for each in found])
     sides = _side_by_side([{} if each is None else each.sides for each in found])
     made = Standing(next(NUMBERS), mixes, rows, own, sides)
-    gates = (gate for one in (*own.values(), *sides.values()) for gate in one.gates)
-    if any(mixes[gate.mix].n_rows < made.n_rows for gate in gates):
-        raise InvalidError(
-            "a gated prefix scales with the mean of its input, so that it is not routed beside rows"
-            " with more virtual tokens",
-            hint="run its rows on their own",
-        )
+    rows.padded.update(n for n, mix in enumerate(mixes) if mix.n_rows < made.n_rows)
     return made
 
 

@@ -23,8 +23,9 @@ from adapterkit.hub.bases.base import Base
 from adapterkit.hub.compose.admit import Options
 from adapterkit.hub.compose.blocks import Setup, Stack
 from adapterkit.hub.compose.here import Current, Here, recompile
+from adapterkit.hub.compose.inputs import rolled
 from adapterkit.hub.compose.lowering import Lowered
-from adapterkit.hub.compose.rows import Rows
+from adapterkit.hub.compose.rows import Batch, Rows
 from adapterkit.hub.findings import clean
 from adapterkit.hub.primitives import Intervention
 from adapterkit.registry.errors import InvalidError
@@ -95,7 +96,9 @@ class Interventions:
                 " know which tokens are real"
             )
         cache = given.get("past_key_values")
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         self._here.mask, self._here.seen = mask, cache.get_seq_length() if cache is not None else 0
+        self._here.given = (embeds if ids is None else ids).shape[1]
 
     def _after(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state = self.current.now
@@ -112,24 +115,26 @@ class Interventions:
         groups = [each.get(layer, ()) for each in state.states]
         if not any(groups):
             return h
-        start, end = self._numbers(h)
+        start, end = self._numbers(h, state.rows.batch)
         changed = h.clone()
         layout = state.rows.within(h.shape, layer)
         for mix, index in state.rows.members(layout, h.device):
             changed[index] = _all(h[index], groups[mix], (start[index], end[index]))
         return changed
 
-    def _numbers(self, h: Tensor) -> tuple[Tensor, Tensor]:
+    def _numbers(self, h: Tensor, rows: Batch | None = None) -> tuple[Tensor, Tensor]:
         """Of every token of h (batch, tokens): how many real ones stand before it, and behind it.
         Negative for one that is none, and behind for all once a cache continues."""
         mask, seen = self._here.mask, self._here.seen
         batch, length = h.shape[:2]
         if mask is None:
-            real = torch.ones(batch, seen + length, dtype=torch.long, device=h.device)
-        else:
-            real = (mask == 1).long().to(h.device)
-            # what stands in front of the input without being in the mask is none of its tokens
-            real = functional.pad(real, (max(seen + length - real.shape[1], 0), 0))
+            past = seen if rows is None else max(seen - rows.held, 0)
+            mask = torch.ones(batch, past + self._here.given)
+        real = (mask == 1).long().to(h.device)
+        # what stands in front of the input without being in the mask is none of its tokens
+        real = functional.pad(real, (max(seen + length - real.shape[1], 0), 0))
+        if rows is not None and rows.ends is not None:
+            real = rolled(real, rows.ends)
         before, total = real.cumsum(1) - real, real.sum(1, keepdim=True)
         none = real == 0
         start = before.masked_fill(none, -1)[:, -length:]

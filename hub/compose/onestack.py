@@ -63,7 +63,8 @@ class OneStack:
         if found.has_gap:
             inputs.require_near(found.held + past + length, self._model.config)
         wanted, returns = call.pop("return_dict", None), cache is not None or self._caches(call)
-        with found.noted(found.n_rows if starts else 0):
+        ends = found.spread(found.pads, batch, tokens.device) if self._encodes else None
+        with found.noted(found.n_rows if starts else 0, ends):
             output = original(**call, return_dict=True)
         output = output if returns else outputs.without(output, CACHE)
         caches.mark(output.get(CACHE), found.activation)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from adapterkit.hub.compose.fronts import LAYER_TYPES
 from adapterkit.hub.compose.inputs import BY_DISTANCE, BY_MASK
+from adapterkit.hub.compose.lowering import Lowered
 from adapterkit.hub.compose.sides import has_bias
 from adapterkit.hub.compose.standing import Standing
+from adapterkit.hub.findings import clean
 from adapterkit.registry.errors import InvalidError, MismatchError
 
 SEEN = "past_key_values_length"
@@ -68,6 +71,19 @@ def require_routable(model: Any, found: Standing) -> None:
                 " share a batch",
                 hint="route them in batches of their own",
             )
+
+
+def require_no_means(setups: Iterable[Iterable[str]], lowered: Mapping[str, Lowered]) -> None:
+    """Raises InvalidError naming an adapter with a gate, which is a mean over all positions.
+    setups: of rows that have padding in front of their own."""
+    for name in (name for setup in setups for name in setup):
+        for primitive in (p for made in lowered[name].updates.values() for p in made):
+            if getattr(primitive, "gate", None) is not None:
+                raise InvalidError(
+                    f"{clean(name)} has a gate, which is a mean over all positions: it cannot share"
+                    " a batch with rows that have more virtual tokens",
+                    hint="route it in a batch of its own",
+                )
 
 
 def body_of(model: Any) -> Any:

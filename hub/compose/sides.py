@@ -12,7 +12,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from adapterkit.hub.compose import caches
 from adapterkit.hub.compose.gates import run_gated, write
-from adapterkit.hub.compose.here import Current
+from adapterkit.hub.compose.here import Current, recompile
 from adapterkit.hub.compose.inputs import Call
 from adapterkit.hub.compose.standing import Attended, Standing
 from adapterkit.hub.compose.swap import Forward, Swap
@@ -49,6 +49,7 @@ class Sides:
 
     def _swap(self, path: str, run: Any, name: str) -> None:
         if (path, name) not in self._swaps:
+            recompile()
             module = self._model.get_submodule(path)
             self._swaps[path, name] = Swap(module, partial(run, path), name=name)
 

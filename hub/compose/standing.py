@@ -199,8 +199,7 @@ class Standing:
         the routed one."""
         if self.rows is None:
             return torch.zeros(1, dtype=torch.long, device=device)
-        self.rows.check(batch)
-        return self.rows.index((batch, 1), device)
+        return self.rows.index(self.rows.within(torch.Size((batch,)), "the model"), device)
 
     def spread(self, values: Tensor, batch: int, device: torch.device | None = None) -> Tensor:
         """values (mixes, ...) of each row, (batch, ...); or (1, ...) for all."""
@@ -212,8 +211,8 @@ class Standing:
         if self.rows is None:
             yield self.mixes[0], slice(None)
             return
-        self.rows.check(batch)
-        for number, rows in self.rows.members((batch, 1), device):
+        layout = self.rows.within(torch.Size((batch,)), "the model")
+        for number, rows in self.rows.members(layout, device):
             yield self.mixes[number], rows
 
     def prefixes(self, batch: int) -> dict[int, Held]:
@@ -233,16 +232,19 @@ class Standing:
         return every[self.index(batch, every.device), torch.arange(batch, device=every.device)]
 
     @contextmanager
-    def noted(self, extra: int) -> Iterator[None]:
-        """While modules see so many more tokens of each row than the caller gave."""
+    def noted(self, extra: int, ends: Tensor | None = None) -> Iterator[None]:
+        """While modules see so many more tokens of each row than the caller gave; ends: how many of
+        them are padding at its end."""
         if self.rows is None:
             yield
             return
-        before, self.rows.batch.extra = self.rows.batch.extra, extra
+        batch = self.rows.batch
+        before = batch.extra, batch.held, batch.ends
+        batch.extra, batch.held, batch.ends = extra, self.held, ends
         try:
             yield
         finally:
-            self.rows.batch.extra = before
+            batch.extra, batch.held, batch.ends = before
 
 
 def _last(counts: Sequence[int]) -> Tensor:

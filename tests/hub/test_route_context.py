@@ -556,7 +556,7 @@ def test_prefixes_of_every_attention_of_an_encoder_decoder(
 
 
 PROMPTS = {"prompt_tuning", "p_tuning", "p_tuning_v1"}
-KINDS = {"prefix_tuning", "p_tuning_v2", "union", *PROMPTS}
+KINDS = {"prefix_tuning", "p_tuning_v2", "union", "reft", *PROMPTS}
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -564,13 +564,14 @@ KINDS = {"prefix_tuning", "p_tuning_v2", "union", *PROMPTS}
 def test_whatever_any_format_puts_in_front_shares_a_batch(
     base: str, gated: bool, index: dict[str, Any], fixtures: Path
 ) -> None:
-    """Every fixture for a base. Gated prefixes see no rows with virtual tokens."""
+    """Every fixture for a base, and ReFTs, which count real tokens. Gates, which are means over all
+    positions, see no rows with virtual tokens."""
     cases = {
         case["id"]: case
         for case in index["cases"]
         if case["id"].startswith(f"{base}.") and case["kind"] in KINDS
         and case["operation"]["op"] == "forward"
-        and case["kind"] not in (PROMPTS if gated else {"union"})
+        and not (case["kind"] in PROMPTS if gated else case["id"].endswith("unipelt"))
     }  # fmt: skip
     if not cases:
         pytest.skip(f"no fixture for {base}")
@@ -596,3 +597,23 @@ def test_whatever_any_format_puts_in_front_shares_a_batch(
         active(adapters, name)
         alone = row_of(inputs, row)
         close(found[row : row + 1], forward(model, **alone).logits, alone)
+
+
+def test_a_gate_is_refused_beside_virtual_tokens_that_its_rows_do_not_have(
+    fixtures: Path, index: dict[str, Any]
+) -> None:
+    gates = ("bert.ah_bn_gating", "bert.ah_lora_gating", "bert.ah_unipelt")
+    paths = {c["id"]: c["adapters"][0]["path"] for c in index["cases"] if c["adapters"]}
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    adapters = attach(load(fixtures / "bases/bert").eval(), {})
+    for name in (*gates, "bert.prompt_cls"):
+        if name in paths:
+            adapters.add(name, fixtures / paths[name])
+    for name in {*adapters.names} & {*gates}:
+        refused = pytest.raises(InvalidError, match=f"{name} has a gate, which is a mean")
+        with refused, adapters.routed([name, "bert.prompt_cls"]):
+            pass
+        with adapters.routed([name, None]):
+            pass
+    if not {*adapters.names} & {*gates}:
+        pytest.skip("no fixture has a gate")
