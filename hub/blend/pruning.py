@@ -14,8 +14,8 @@ from adapterkit.hub.blend.streamed import Streamed, magnitude_at
 
 # (rows of a change, first row) -> the same with the dropped entries 0
 Prune = Callable[[Tensor, int], Tensor]
-# (k, rows, in) pruned changes and their weights (k) -> (rows, in)
-Merge = Callable[[Tensor, Tensor], Tensor]
+# k pruned changes (rows, in) and their weights -> (rows, in)
+Merge = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
 
 
 def streamed(term: Term) -> Streamed:
@@ -24,14 +24,14 @@ def streamed(term: Term) -> Streamed:
 
 def merged(terms: Sequence[Term], prunes: Sequence[Prune], merge: Merge) -> Streamed:
     """The matrix of `merge` over all changes, each pruned by its own rule."""
-    weights = torch.tensor([term.weight for term in terms])
+    weights = [term.weight for term in terms]
 
     def block(start: int, stop: int) -> Tensor:
         rows = [
             prune(term.rows(start, stop), start)
             for term, prune in zip(terms, prunes, strict=True)
         ]
-        return merge(torch.stack(rows), weights)
+        return merge(rows, weights)
 
     return Streamed(terms[0].shape, block)
 
@@ -50,15 +50,17 @@ def at_random(term: Term, place: Place, *, rescale: bool = True) -> Prune:
     density, masks = place.settings.density, place.masks(term)
 
     def prune(rows: Tensor, start: int) -> Tensor:
-        draws = masks.uniform(start * rows.shape[1], rows.numel()).reshape(rows.shape)
-        kept = draws.lt_(density).mul_(rows)
+        chosen = masks.chosen(start * rows.shape[1], rows.numel(), density)
+        kept = chosen.view(rows.shape).mul_(rows)
         return kept.div_(density) if rescale else kept
 
     return prune
 
 
-def weighted_sum(changes: Tensor, weights: Tensor) -> Tensor:
-    total: Tensor = torch.tensordot(weights.to(changes.dtype), changes, dims=1)
+def weighted_sum(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = changes[0] * weights[0]
+    for change, weight in zip(changes[1:], weights[1:], strict=True):
+        total.add_(change, alpha=weight)
     return total
 
 

@@ -25,12 +25,15 @@ def matrix(terms: Sequence[Term], place: Place) -> Streamed:
     return pruning.merged(terms, prunes, partial(disjoint_mean, settings))
 
 
-def disjoint_mean(settings: Settings, changes: Tensor, weights: Tensor) -> Tensor:
-    """(rows, in) from pruned changes (k, rows, in) and their weights (k)."""
-    wide = weights.to(changes.dtype).view(-1, *[1] * (changes.ndim - 1))
-    weighted = changes * wide
+def disjoint_mean(
+    settings: Settings, changes: Sequence[Tensor], weights: Sequence[float]
+) -> Tensor:
+    """(rows, in) from pruned changes (rows, in) and their weights."""
+    stacked = torch.stack(list(changes))
+    wide = stacked.new_tensor(weights).view(-1, 1, 1)
+    weighted = stacked * wide
     # peft compares signs before the weights turn any
-    voting = changes if settings.dialect == "peft" else weighted
+    voting = stacked if settings.dialect == "peft" else weighted
     agreeing = pruning.elected(voting, settings.sign)
     total = weighted.mul_(agreeing).sum(0)
     if settings.dialect == "mergekit":

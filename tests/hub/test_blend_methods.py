@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from torch import Tensor
 from adapterkit.hub.blend import pruning
 from adapterkit.hub.blend.entries import entrywise
 from adapterkit.hub.blend.factors import Factors, Term, concatenated, inner, norm
-from adapterkit.hub.blend.masks import Masks
+from adapterkit.hub.blend.masks import Masks, splitmix
 from adapterkit.hub.blend.methods import method, names
 from adapterkit.hub.blend.settings import DIALECTS, Place, Settings
 from adapterkit.hub.blend.streamed import ENTRIES, Streamed, low_rank, magnitude_at
@@ -257,12 +258,33 @@ def test_random_choices_depend_on_seed_name_and_input_alone() -> None:
     assert whole.min() >= 0 and whole.max() < 1 and abs(float(whole.mean()) - 0.5) < 0.05
 
 
+def test_random_choices_are_those_of_their_numbers() -> None:
+    draws = Masks(3, "layer.q", 0)
+    numbers = draws.uniform(5, 4000)
+    for probability in (2.0**-24, 0.25, float(numbers[7]), float(numbers[8]), 1 - 2.0**-24, 1.0):
+        chosen = draws.chosen(5, 4000, probability)
+        assert torch.equal(chosen, (numbers < probability).float())
+    assert 0.18 < float(draws.chosen(0, 4000, 0.2).mean()) < 0.22
+
+
+def test_each_entry_has_bits_of_its_own() -> None:
+    bits = (Masks(3, "layer.q", 0).uniform(0, 4000) * 2**24).long()
+    shares = torch.stack([(bits >> place & 1).float().mean() for place in range(24)])
+    assert float(shares.min()) > 0.45 and float(shares.max()) < 0.55
+
+
+def test_words_are_those_of_splitmix64() -> None:
+    """The first outputs from the state 1234567, of the reference implementation."""
+    words = splitmix(np.uint64(1234567), np.arange(3, dtype=np.uint64))
+    assert words.tolist() == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
 def test_random_choices_are_the_same_on_every_machine() -> None:
     found = Masks(0, "model.layers.0.self_attn.q_proj", 0).uniform(0, 3)
     assert found.tolist() == pytest.approx(RECORDED, abs=0)
 
 
-RECORDED = [0.6572585105895996, 0.4717726707458496, 0.5815291404724121]
+RECORDED = [0.010329782962799072, 0.3644474744796753, 0.6742830276489258]
 
 
 @pytest.mark.parametrize("kept", [0, 1, 7, 40, 239, 240])
@@ -386,6 +408,9 @@ class Recorded:
 
     def uniform(self, start: int, count: int) -> Tensor:
         return self._draws[start : start + count].clone()
+
+    def chosen(self, start: int, count: int, probability: float) -> Tensor:
+        return (self._draws[start : start + count] < probability).float()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
