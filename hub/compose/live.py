@@ -11,6 +11,7 @@ from adapterkit.hub.bases.base import Base
 from adapterkit.hub.bases.likeness import SketchResult, compare_values
 from adapterkit.hub.bases.names import Names
 from adapterkit.hub.bases.values import Values, dense_values
+from adapterkit.hub.compose.offload import fetched
 from adapterkit.hub.quant import format_of
 from adapterkit.hub.tensors import DTYPES
 from adapterkit.registry.errors import MismatchError
@@ -54,8 +55,15 @@ def _read(
 def _flat(modules: Mapping[str, nn.Module], name: str, parameter: str) -> Tensor | None:
     """All values of a parameter in the order a checkpoint stores them, None if it has none."""
     module = modules.get(name)
+    if module is None:
+        return None
+    with fetched(module):
+        return _values(module, parameter)
+
+
+def _values(module: nn.Module, parameter: str) -> Tensor | None:
     value = getattr(module, parameter, None)
-    if module is None or not isinstance(value, Tensor):
+    if not isinstance(value, Tensor):
         return None
     whole = value.detach()
     if parameter == "weight" and format_of(module).method(module) != "none":

@@ -16,6 +16,7 @@ from adapterkit.hub.bases.spelling import Slot, spelled
 from adapterkit.hub.compose import experts
 from adapterkit.hub.compose.bank import Banked
 from adapterkit.hub.compose.model import weights_of
+from adapterkit.hub.compose.offload import fetched
 from adapterkit.hub.compose.origin import Origin
 from adapterkit.hub.compose.placing import settle
 from adapterkit.hub.compose.repeated import require_same
@@ -195,11 +196,12 @@ def _by_module(
             continue
         spot = spots[name]
         site = LiveSite(base.modules[name], base, adapter, spot, origin, shared)
-        given = {role: tensors[name, role].to(spot.device) for role in stored}
-        require_same(adapter, name, given, spot.module)
-        roles, copies = _without_copies(given, spot.module)
-        used = Used(roles)
-        made = list(kind(adapter.kind).lower(adapter.fields, site, used))
+        with fetched(spot.module):
+            given = {role: tensors[name, role].to(spot.device) for role in stored}
+            require_same(adapter, name, given, spot.module)
+            roles, copies = _without_copies(given, spot.module)
+            used = Used(roles)
+            made = list(kind(adapter.kind).lower(adapter.fields, site, used))
         _require_all(adapter, (stored[role].key for role in roles if role not in used.taken))
         names = "+".join(dict.fromkeys(type(primitive).__name__ for _, primitive in made))
         yield made, [

@@ -12,9 +12,12 @@ from transformers.pytorch_utils import Conv1D
 
 from adapterkit.hub.compose import experts, gains, replacing
 from adapterkit.hub.compose.here import Current
+from adapterkit.hub.compose.offload import is_offloaded
 from adapterkit.hub.compose.plan import Plan, Replacement, Sums, Weighted, added, fold, split
 from adapterkit.hub.compose.products import is_product
+from adapterkit.hub.primitives import Replace, RowScale
 from adapterkit.hub.quant import format_of
+from adapterkit.registry.errors import MismatchError
 
 PENDING: Any = object()
 
@@ -33,14 +36,15 @@ class Patch:
     def __init__(self, path: str, module: nn.Module, current: Current[Any]) -> None:
         self.path, self.module, self._current = path, module, current
         self.original = module.forward
-        self.fixed: Runner | None = None  # what compiled code runs, where memory is reserved
+        self.fixed: Runner | None = None  # what is recorded instead, where memory is reserved
+        self._is_offloaded = is_offloaded(module)
         self._had_own = "forward" in vars(module)  # accelerate's wrapper, for one
         # the classes of quantized layers hold no dense weight: theirs is multiplied directly
         self._twin = None if replacing.is_quantized(module) else replacing.shadow(module)
         setattr(module, "forward", self.forward)  # noqa: B010 (a method cannot be assigned to)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fixed is not None and torch.compiler.is_compiling():
+        if self.fixed is not None and _is_recorded():
             return self.fixed.run(self.module, self.original, args, kwargs)
         state = self._current.now
         if state is None:
@@ -66,12 +70,27 @@ class Patch:
         """The plan for the updates of all active adapters, None: the base."""
         if not updates:
             return None
+        if self._is_offloaded:
+            self._require_apart(updates)
         summed, replacements, outside = split(updates)
         by_name: dict[str, list[Replacement]] = {}
         for weight, new in replacements:
             by_name.setdefault(new.name, []).append((weight, new))
         plan = self._plan(fold(summed, sequential=sequential), by_name)
         return replace(plan, gains=gains.fold(outside, summed=sum_gains))
+
+    def _require_apart(self, updates: Sequence[Weighted]) -> None:
+        """Raises MismatchError for what needs the module's own parameters in a forward: those of
+        an offloaded one are there for the product of the base alone."""
+        has_bias = getattr(self.module, "bias", None) is not None
+        needs = Replace | RowScale if has_bias else Replace
+        every = [each.primitive for each in updates]
+        held = {type(each).__name__ for each in every if isinstance(each, needs)}
+        if held or not is_product(self.module):
+            what = ", ".join(sorted(held)) or "changes of what is no product"
+            raise MismatchError(
+                f"{self.path} is offloaded, and takes no {what}", hint="keep it on a device"
+            )
 
     def _plan(self, sums: Sums, replaced: dict[str, list[Replacement]]) -> Plan:
         plan = Plan(sums)
@@ -102,6 +121,11 @@ class Patch:
 
     def fold_parameters(self, updates: Mapping[str, Sequence[Weighted]], sequential: bool) -> Plan:
         """The plan for updates of parameters other than a weight, by their names."""
+        if self._is_offloaded:
+            raise MismatchError(
+                f"{self.path} is offloaded, and takes no change of its {', '.join(updates)}",
+                hint="keep it on a device",
+            )
         sums: dict[str, Sums] = {}
         whole: dict[str, Tensor] = {}
         for name, made in updates.items():
@@ -126,3 +150,8 @@ class Patch:
         for name, value in parameters.items():
             setattr(twin, name, nn.Parameter(value, requires_grad=False))
         return twin.forward
+
+
+def _is_recorded() -> bool:
+    """Whether this forward runs again without Python, by torch.compile or as a CUDA graph."""
+    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
