@@ -114,8 +114,7 @@ class Rows:
         """The same, (rows), on a device."""
         key = layout, device
         if key not in self._index:
-            with torch.inference_mode(False):  # kept for calls that have gradients
-                with lasting():
+            with lasting():
                 self._index[key] = torch.tensor(self.spread(layout), device=device)
         return self._index[key]
 
