@@ -97,8 +97,9 @@ class Interventions:
             )
         cache = given.get("past_key_values")
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        tokens: Any = embeds if ids is None else ids
         self._here.mask, self._here.seen = mask, cache.get_seq_length() if cache is not None else 0
-        self._here.given = (embeds if ids is None else ids).shape[1]
+        self._here.given = tokens.shape[1]
 
     def _after(self, layer: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state = self.current.now

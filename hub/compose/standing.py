@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from adapterkit.hub.compose.caches import Held
+from adapterkit.hub.compose.here import lasting
 from adapterkit.hub.compose.rows import Rows
 
 
@@ -163,10 +164,11 @@ class Standing:
         """(mixes, n_front, width)"""
         fronts = [mix.front for mix in self.mixes]
         like = next(front for front in fronts if front is not None)
-        table = like.new_zeros(len(fronts), self.n_front, like.shape[1])
-        for number, front in enumerate(fronts):
-            if front is not None:
-                table[number, self.n_front - len(front) :] = front
+        with lasting():
+            table = like.new_zeros(len(fronts), self.n_front, like.shape[1])
+            for number, front in enumerate(fronts):
+                if front is not None:
+                    table[number, self.n_front - len(front) :] = front
         return table
 
     @cached_property
@@ -174,10 +176,11 @@ class Standing:
         """(mixes, n_flagged, width), of which a mix has the first ones."""
         found = [mix.flagged for mix in self.mixes]
         like = next(rows for rows in found if rows is not None)
-        table = like.new_zeros(len(found), self.n_flagged, like.shape[1])
-        for number, rows in enumerate(found):
-            if rows is not None:
-                table[number, : len(rows)] = rows
+        with lasting():
+            table = like.new_zeros(len(found), self.n_flagged, like.shape[1])
+            for number, rows in enumerate(found):
+                if rows is not None:
+                    table[number, : len(rows)] = rows
         return table
 
     def numbers(self, read: Callable[[Mix], int]) -> Tensor:
