@@ -57,6 +57,10 @@ class Options:
         if self.dialect not in DIALECTS:
             known = ", ".join(DIALECTS)
             raise InvalidError(f"dialect is {self.dialect!r}, expected one of {known}")
+        for name in ("slots", "max_rank"):
+            size = getattr(self, name)
+            if size is not None and (type(size) is not int or size < 1):
+                raise InvalidError(f"{name} is {size!r}, expected a whole number from 1")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Options:
         """Itself: a copy of a model reads from the same registry."""
