@@ -2,8 +2,9 @@
 
 1,000 versions of rank 2 in bf16 lie in a registry; each batch of 8 rows asks for 8 of them, drawn
 by Zipf's law. What is not on the model is loaded, and the least recently used make room. Each batch
-comes twice: the second time all of it is there, which is the path of a hit; beside it, the same
-routing on a model with 64 adapters attached the plain way. PEFT has nothing like it.
+comes twice, the second time with its rows the other way round: all of it is there, in a mix that
+is new, which is the path of a hit. Beside it, a new mix on a model with 64 adapters attached the
+plain way. PEFT has nothing like it.
 
     --quick                 4 layers, a small vocabulary, 100 adapters under a budget of 16
     --adapters 1000 --held 64 --batches 200
@@ -95,7 +96,7 @@ class Budgeted:
             misses = self.adapters.counters.misses
             first = batch(self.adapters, rows, self.step, self.model)
             missed = self.adapters.counters.misses - misses
-            again = batch(self.adapters, rows, self.step, self.model)
+            again = batch(self.adapters, rows[::-1], self.step, self.model)
             plain = batch(self.plain, [next(names) for _ in rows], self.step, self.plain_model)
             if number:
                 self._note("missed" if missed else "all there", first)
