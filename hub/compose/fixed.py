@@ -1,4 +1,4 @@
-"""Where compiled code looks: memory that stays where it is and of its size, whatever is active.
+"""Where compiled code and CUDA graphs look: memory that stays as it is, whatever is active.
 
 Factors that are active are copied into it at activation, so that switching, swapping and routing
 change no pointer and no shape: nothing is compiled again, and a CUDA graph stays right.
@@ -19,6 +19,7 @@ from adapterkit.hub.compose.patch import Patch
 from adapterkit.hub.compose.plan import Weighted, banked
 from adapterkit.hub.compose.products import expand, project
 from adapterkit.hub.compose.routes import Routes
+from adapterkit.hub.compose.rows import UNKNOWN
 from adapterkit.registry.errors import AdapterWarning, InvalidError
 
 MAX_ROWS = 1024
@@ -26,19 +27,36 @@ MAX_ROWS = 1024
 
 @dataclass(eq=False)
 class Board:
-    """What all modules share. of: for each row of the batch the number of its mix, (MAX_ROWS);
-    is_routed: whether that counts, and rows do not all have the first."""
+    """What all modules share. of: for each row of the batch the number of its mix, (MAX_ROWS), all
+    the first where nothing is routed; rows: how many are, 0 for no routing."""
 
     of: Tensor
-    is_routed: bool = False
+    rows: int = 0
 
     def set(self, of: Sequence[int] | None) -> None:
         """None for no routing."""
-        self.is_routed = of is not None
+        if of is not None and len(of) > MAX_ROWS:
+            raise InvalidError(f"{len(of)} rows are routed, {MAX_ROWS} at most where compiled")
         if of is not None:
-            if len(of) > MAX_ROWS:
-                raise InvalidError(f"{len(of)} rows are routed, {MAX_ROWS} at most where compiled")
             self.of[: len(of)] = torch.tensor(of, device=self.of.device)
+        elif self.rows:
+            self.of.zero_()
+        self.rows = 0 if of is None else len(of)
+
+    def index(self, rows: int, path: str) -> Tensor | None:
+        """The mix of each row of a module's input, which has one for each that is routed, or for
+        each of its beams or tokens; None where all have the first.
+
+        A recorded graph looks even where nothing is routed: when it is replayed, rows may be.
+        """
+        if not self.rows:
+            is_compiled = torch.compiler.is_compiling() or rows > MAX_ROWS
+            return None if is_compiled else self.of[:rows]
+        each, rest = divmod(rows, self.rows)
+        if rest or not each or UNKNOWN.search(path):
+            raise InvalidError(f"{path} got {rows} rows, and {self.rows} are routed")
+        index = self.of[: self.rows]
+        return index if each == 1 else index.repeat_interleave(each)
 
 
 class Fixed:
@@ -89,12 +107,10 @@ class Fixed:
         x = args[0] if args else next(iter(kwargs.values()))
         y: Tensor = original(*args, **kwargs)
         z = project(module, x, self.a)
-        if self.board.is_routed:
-            gate = self.gates[self.board.of[: x.shape[0]]].view(
-                x.shape[0], *(1,) * (z.ndim - 2), -1
-            )
-        else:
-            gate = self.gates[0]
+        index = self.board.index(x.shape[0], self.path)
+        gate = self.gates[0]
+        if index is not None:
+            gate = self.gates[index].view(x.shape[0], *(1,) * (z.ndim - 2), -1)
         return (y + expand(module, (z * gate).to(self.b.dtype), self.b.mT)).to(y.dtype)
 
 

@@ -2,8 +2,8 @@
 
 Factors that lie in the bank of a module take two products for all rows, whatever the number of
 adapters: with those of every adapter in use side by side and a gate for each row, or, where every
-row of a longer input has one adapter, as a batched product. Row scales, biases and diagonal gains
-are gathered by row. What is none of these runs once for each mix, on its rows.
+row of a longer input has one adapter, as a batched product or a grouped one. Row scales, biases and
+diagonal gains are gathered by row. What is none of these runs once for each mix, on its rows.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from adapterkit.hub.compose import grouped
 from adapterkit.hub.compose.bank import Bank, Banked, covering
+from adapterkit.hub.compose.grouped import Spans
+from adapterkit.hub.compose.here import lasting
 from adapterkit.hub.compose.patch import Patch, Runner
 from adapterkit.hub.compose.plan import Plan, Weighted, banked, with_first
 from adapterkit.hub.compose.products import CONVS, expand, is_product, project
 from adapterkit.hub.compose.rows import Layout, Rows
 from adapterkit.registry.errors import InvalidError
-
-# What of each mix lies where in a bank: (start, stop, weight * scale)
-Spans = tuple[tuple[tuple[int, int, float], ...], ...]
 
 
 @dataclass(eq=False)
@@ -36,6 +36,7 @@ class Routes:
     ready: dict[str, Runner | None] = field(default_factory=dict)
     gates: dict[tuple[Any, ...], Gates] = field(default_factory=dict)
 
+    @lasting()
     def make(self, patch: Patch) -> Runner | None:
         runner = self.ready[patch.path] = self._made(patch)
         return runner
@@ -72,7 +73,9 @@ class Routes:
             found = {low.start: low for made in lows for _, low in made}
             self.gates[key] = Gates(spans, covering(list(found.values())), bank.a.device, self.rows)
         gates = self.gates[key]
-        return ByGates(path, gates, *gates.held(bank))
+        a, b = gates.held(bank)
+        one = gates.slots
+        return ByGates(path, gates, a, b, one is not None and grouped.pays(a, b, one.rank))
 
 
 class Gates:
@@ -102,9 +105,10 @@ class Gates:
             for start, stop, scale in made:
                 gates[mix, place[start] : place[start] + stop - start] += scale
         self.gates = gates.to(device)
-        self.slots = _slots(spans, place, width)
+        self.slots = grouped.slots_of(spans, place, width, device)
         self._spread: dict[Layout, Tensor] = {}
         self._order: dict[Layout, Tensor | None] = {}
+        self._groups: dict[Layout, grouped.Groups | None] = {}
 
     def held(self, bank: Bank) -> tuple[Tensor, Tensor]:
         """(A (R, in), B transposed (R, out)) of what is in use."""
@@ -116,7 +120,8 @@ class Gates:
     def spread(self, layout: Layout, device: torch.device) -> Tensor:
         """(rows, R)"""
         if layout not in self._spread:
-            self._spread[layout] = self.gates[self.rows.index(layout, device)]
+            with lasting():
+                self._spread[layout] = self.gates[self.rows.index(layout, device)]
         return self._spread[layout]
 
     def order(self, layout: Layout, device: torch.device) -> Tensor | None:
@@ -129,49 +134,37 @@ class Gates:
     def _ordered(self, layout: Layout, device: torch.device) -> Tensor | None:
         if self.slots is None:
             return None
-        slots = [self.slots.places[mix] for mix in self.rows.spread(layout)]
+        slots = self._slots_of(self.slots, layout)
         counts = {slots.count(slot) for slot in range(self.slots.count)}
         if None in slots or len(counts) > 1:
             return None
-        return torch.tensor(slots, device=device).argsort(stable=True)
+        with lasting():
+            return torch.tensor(slots, device=device).argsort(stable=True)
 
+    def groups(self, layout: Layout) -> grouped.Groups | None:
+        """Rows that have an adapter, by slots; None where no row has one, or one has several."""
+        if layout not in self._groups:
+            one = self.slots
+            self._groups[layout] = (
+                None if one is None else grouped.Groups.of(self._slots_of(one, layout), one.scales)
+            )
+        return self._groups[layout]
 
-@dataclass(frozen=True)
-class Slots:
-    """All of one rank, side by side. places: of each mix; scales: (count, 1, 1)."""
-
-    count: int
-    rank: int
-    places: tuple[int | None, ...]
-    scales: Tensor
-
-
-def _slots(spans: Spans, place: Mapping[int, int], width: int) -> Slots | None:
-    """Where every mix is one adapter at most, and all have one rank."""
-    if any(len(made) > 1 for made in spans):
-        return None
-    single = [made[0] for made in spans if made]
-    ranks = {stop - start for start, stop, _ in single}
-    if len(ranks) > 1 or len({start for start, _, _ in single}) < len(single):
-        return None
-    rank = ranks.pop()
-    if width != rank * len(single) or any(place[start] % rank for start, _, _ in single):
-        return None
-    places = tuple(place[made[0][0]] // rank if made else None for made in spans)
-    scales = torch.zeros(len(single), 1, 1)
-    for start, _, scale in single:
-        scales[place[start] // rank] = scale
-    return Slots(len(single), rank, places, scales)
+    def _slots_of(self, slots: grouped.Slots, layout: Layout) -> list[int | None]:
+        """Of each row."""
+        return [slots.places[mix] for mix in self.rows.spread(layout)]
 
 
 @dataclass(frozen=True)
 class ByGates:
-    """y + B ((A x) gate), a gate for each row.  A (R, in), B (R, out)."""
+    """y + B ((A x) gate), a gate for each row.  A (R, in), B (R, out).  groups: whether a grouped
+    product pays for long inputs."""
 
     path: str
     gates: Gates
     A: Tensor
     B: Tensor
+    groups: bool = False
 
     def run(self, module: Any, original: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -182,22 +175,31 @@ class ByGates:
         layout = self.gates.rows.within(x.shape, self.path)
         if x.ndim == 3 and x.shape[1] > 1:
             order = self.gates.order(layout, x.device)
-            if order is not None and layout[1] == 1:
+            if order is not None and layout.tokens == 1:
                 return self._batched(x, y, order)
+        if self.groups and y.numel() >= grouped.TOKENS * y.shape[-1]:
+            groups = self.gates.groups(layout)
+            if groups is not None and not isinstance(module, nn.Embedding):
+                return groups.added(x, y, *self._by_slot())
         z = project(module, x, self.A)
         gate = self.gates.spread(layout, x.device)
         z.mul_(gate.view(len(gate), *(1,) * (z.ndim - 2), -1))
         return y + expand(module, z, self.B.mT)
 
+    def _by_slot(self) -> tuple[Tensor, Tensor]:
+        """A (slots, r, in), B (slots, r, out)"""
+        rank = len(self.A) if self.gates.slots is None else self.gates.slots.rank
+        return self.A.view(-1, rank, self.A.shape[-1]), self.B.view(-1, rank, self.B.shape[-1])
+
     def _batched(self, x: Tensor, y: Tensor, order: Tensor) -> Tensor:
         slots = self.gates.slots
         if slots is None:
             raise InvalidError(f"{self.path} has no slots of one rank")
-        count, rank = slots.count, slots.rank
-        mine = x[order].to(self.A.dtype).reshape(count, -1, x.shape[-1])
-        z = torch.bmm(mine, self.A.view(count, rank, -1).mT)
-        z.mul_(slots.scales.to(z.device))
-        made = torch.bmm(z, self.B.view(count, rank, -1)).view(*y.shape)
+        a, b = self._by_slot()
+        mine = x[order].to(a.dtype).reshape(slots.count, -1, x.shape[-1])
+        z = torch.bmm(mine, a.mT)
+        z.mul_(slots.scales)
+        made = torch.bmm(z, b).view(*y.shape)
         total = y[order] + made
         return total[order.argsort()]
 
