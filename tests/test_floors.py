@@ -22,7 +22,7 @@ STEPS = {
         "storedzip", "strided", "torchfile", "torchnames",
         "bases/base", "bases/attention", "bases/packed", "bases/places", "bases/values",
     },
-    "maths": {"primitives", "tensors", "kinds", "quant", "blend"},
+    "maths": {"primitives", "tensors", "kinds", "quant", "blend", "conv1d"},
     "io": {
         "formats", "bases", "locate", "read", "values", "sums", "fit", "rooting", "identity",
         "check", "task", "norms", "frozen", "offline", "change", "reduce", "factored",

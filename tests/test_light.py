@@ -60,3 +60,9 @@ def test_no_light_command_imports_torch(fixtures, tmp_path):
     ):
         found[arguments[0]] = modules(*arguments) & HEAVY
     assert found == {name: set() for name in found}
+
+
+def test_merging_dense_weights_imports_no_library_of_models(fixtures, tmp_path):
+    folder, base = str(fixtures / ADAPTER), str(fixtures / "bases/llama")
+    found = modules("merge", folder, "--base", base, "-o", str(tmp_path / "merged"))
+    assert found & HEAVY == {"torch"}

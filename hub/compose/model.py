@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from adapterkit.hub.bases import base as rows
 from adapterkit.hub.bases.base import Base, Module, Quantization
+from adapterkit.hub.conv1d import is_conv1d
 from adapterkit.hub.quant import format_of
 from adapterkit.registry.errors import InvalidError
 
@@ -75,7 +75,7 @@ def _shape(module: nn.Module) -> tuple[str, tuple[int, ...]]:
         return rows.LINEAR, (module.out_features, module.in_features)
     weight = weights_of(module)
     shape = tuple(weight.shape) if weight is not None else ()
-    if isinstance(module, Conv1D):
+    if is_conv1d(module):
         return rows.CONV1D, shape[::-1]
     if isinstance(module, nn.Embedding):
         return rows.EMBEDDING, shape

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.pytorch_utils import Conv1D
+
+from adapterkit.hub.conv1d import is_conv1d
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv1d: functional.conv1d,
@@ -23,7 +24,7 @@ CONVS = tuple(CONVOLUTIONS)
 
 def is_product(module: nn.Module) -> bool:
     """Whether its output is W x + b, so that what is added to W can be added to the output."""
-    return isinstance(module, (nn.Linear, Conv1D, nn.Embedding, *CONVS))
+    return isinstance(module, (nn.Linear, nn.Embedding, *CONVS)) or is_conv1d(module)
 
 
 def low_rank(module: nn.Module, x: Tensor, a: Tensor, gate: Tensor | None, b: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from adapterkit.hub.bases.values import Values, dense_values
+from adapterkit.hub.conv1d import is_conv1d
 from adapterkit.hub.tensors import DTYPES
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -19,6 +19,11 @@ def claims(module: nn.Module) -> bool:
     return True
 
 
+def _is_turned(module: nn.Module) -> bool:
+    """Whether it is stored (in, out), or (rows, width)."""
+    return isinstance(module, nn.Embedding) or is_conv1d(module)
+
+
 def method(module: nn.Module) -> str:
     return "none"
 
@@ -26,7 +31,7 @@ def method(module: nn.Module) -> str:
 def read_weight(module: nn.Module) -> Tensor:
     layer: Any = module
     weight: Tensor = layer.weight.detach().float()
-    if isinstance(module, Conv1D | nn.Embedding):  # stored (in, out), and (rows, width)
+    if _is_turned(module):
         return weight.mT
     return weight
 
@@ -38,14 +43,14 @@ def tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def write_weight(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
     layer: Any = module
-    if isinstance(module, Conv1D | nn.Embedding):
+    if _is_turned(module):
         weight = weight.mT
     return {"weight": weight.to(layer.weight.dtype).reshape(layer.weight.shape)}
 
 
 def means(module: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
     weight = tensors["weight"].float()
-    return weight.mT if isinstance(module, Conv1D | nn.Embedding) else weight
+    return weight.mT if _is_turned(module) else weight
 
 
 def values(module: nn.Module, numbers: list[float], start: int) -> Values:
