@@ -57,6 +57,18 @@ def at_random(term: Term, place: Place, *, rescale: bool = True) -> Prune:
     return prune
 
 
+def to_norm(term: Term, prune: Prune) -> Prune:
+    """The same, after which the sum of magnitudes is what it was."""
+    before = _sum(streamed(term))
+    after = _sum(Streamed(term.shape, lambda start, stop: prune(term.rows(start, stop), start)))
+    factor = before / after if after else 1.0
+    return lambda rows, start: prune(rows, start).mul_(factor)
+
+
+def _sum(matrix: Streamed) -> float:
+    return sum(float(rows.abs().sum(dtype=torch.float64)) for _, rows in matrix.blocks())
+
+
 def weighted_sum(changes: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     total = changes[0] * weights[0]
     for change, weight in zip(changes[1:], weights[1:], strict=True):

@@ -26,9 +26,9 @@ def matrix(terms: Sequence[Term], place: Place) -> Streamed:
 
 
 def disjoint_mean(
-    settings: Settings, changes: Sequence[Tensor], weights: Sequence[float]
+    settings: Settings, changes: Sequence[Tensor], weights: Sequence[float], *, divided: bool = True
 ) -> Tensor:
-    """(rows, in) from pruned changes (rows, in) and their weights."""
+    """(rows, in) from pruned changes (rows, in) and their weights; their sum if not divided."""
     stacked = torch.stack(list(changes))
     wide = stacked.new_tensor(weights).view(-1, 1, 1)
     weighted = stacked * wide
@@ -36,6 +36,8 @@ def disjoint_mean(
     voting = stacked if settings.dialect == "peft" else weighted
     agreeing = pruning.elected(voting, settings.sign)
     total = weighted.mul_(agreeing).sum(0)
+    if not divided:
+        return total
     if settings.dialect == "mergekit":
         shares = (wide * agreeing).sum(0)
         return total / torch.where(shares == 0, 1.0, shares)

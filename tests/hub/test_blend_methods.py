@@ -241,12 +241,23 @@ def test_della_keeps_large_entries_more_often() -> None:
     assert float((kept[rows, smallest] / 400).mean()) == pytest.approx(0.1, abs=0.05)
 
 
-def test_mergekits_dare_keeps_the_sum_of_magnitudes() -> None:
+@pytest.mark.parametrize("name", ["dare_linear", "della_linear"])
+def test_mergekits_random_pruning_keeps_the_sum_of_magnitudes(name: str) -> None:
     (term,) = terms([1.0], 20, 20)
     place = Place("m", Settings(density=0.3, dialect="mergekit"))
-    found = torch.cat([rows for _, rows in entrywise("dare_linear")([term], place).blocks()])
+    found = entrywise(name)([term], place).whole()
     before, after = dense(term.factors).abs().sum(), found.abs().sum()
     assert float(after) == pytest.approx(float(before), rel=1e-5)
+
+
+def test_mergekits_dare_ties_is_the_sum_of_what_agrees() -> None:
+    place = Place("m", Settings(density=1.0, dialect="mergekit"))
+    a, b = terms([0.5, 2.0], 6, 8)
+    found = entrywise("dare_ties")([a, b], place).whole()
+    x, y = (term.weight * dense(term.factors).float() for term in (a, b))
+    sign = torch.where(x + y >= 0, 1.0, -1.0)
+    expected = x * (x * sign > 0) + y * (y * sign > 0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_random_choices_depend_on_seed_name_and_input_alone() -> None:
