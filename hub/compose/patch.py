@@ -154,4 +154,6 @@ class Patch:
 
 def _is_recorded() -> bool:
     """Whether this forward runs again without Python, by torch.compile or as a CUDA graph."""
-    return torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing()
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
