@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from adapterkit.hub.compose import experts, gains, replacing
 from adapterkit.hub.compose.here import Current
 from adapterkit.hub.compose.offload import is_offloaded
 from adapterkit.hub.compose.plan import Plan, Replacement, Sums, Weighted, added, fold, split
 from adapterkit.hub.compose.products import is_product
+from adapterkit.hub.conv1d import is_conv1d
 from adapterkit.hub.primitives import Replace, RowScale
 from adapterkit.hub.quant import format_of
 from adapterkit.registry.errors import MismatchError
@@ -96,7 +96,7 @@ class Patch:
         plan = Plan(sums)
         whole: dict[str, Tensor] = {}
         for name, replacements in replaced.items():
-            if name == "bias" and isinstance(self.module, nn.Linear | Conv1D):
+            if name == "bias" and (isinstance(self.module, nn.Linear) or is_conv1d(self.module)):
                 shift = replacing.bias_shift(self.module, replacements)
                 total = shift if sums.d is None else sums.d + shift
                 plan = replace(plan, sums=replace(sums, d=total))
@@ -156,4 +156,5 @@ def _is_recorded() -> bool:
     """Whether this forward runs again without Python, by torch.compile or as a CUDA graph."""
     if torch.compiler.is_compiling():
         return True
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    has_begun: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return has_begun and torch.cuda.is_current_stream_capturing()
