@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from torch import Tensor
 from adapterkit.hub.headers import Stored
 from adapterkit.hub.merge.fidelity import Sums, added, sums
 from adapterkit.hub.merge.update import Update
-from adapterkit.hub.tensors import DTYPES
+from adapterkit.hub.tensors import DTYPES, read_tensor
 
 # Values of a chunk, and of a block.
-CHUNK, BLOCK = 1 << 19, 1 << 17
+CHUNK, BLOCK = 1 << 19, 1 << 18
 # Bytes that are copied at once.
 COPIED = 1 << 22
 # More would wait for the thread that hashes what comes out.
@@ -131,5 +131,6 @@ def _read(stored: Stored, piece: Piece, rows: slice) -> Tensor:
     dtype, columns = DTYPES[stored.dtype], _columns(stored, piece)
     width = columns * dtype.itemsize
     start = stored.start + (piece.start + rows.start) * width
-    data = bytearray(stored.source.read(start, (rows.stop - rows.start) * width))
-    return torch.frombuffer(data, dtype=dtype).reshape(-1, columns)
+    n = rows.stop - rows.start
+    shape = (n, columns)
+    return read_tensor(replace(stored, shape=shape, start=start, stop=start + n * width))
