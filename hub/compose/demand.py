@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -65,29 +65,25 @@ class Demand:
             self.sizes.move_to_end(name)
         self.counters = replace(self.counters, hits=self.counters.hits + len(hits))
 
-    def made(self, names: Collection[str], make: Callable[[str], Any]) -> dict[str, Any]:
-        """What `make` gives for each, several at a time; one that is being made for another thread
-        is waited for. It is kept until it is taken."""
+    def made(
+        self, names: Collection[str], make: Callable[[str], Any], held: Container[str]
+    ) -> dict[str, Any]:
+        """What `make` gives for each that is not held by now, several at a time; one that is being
+        made for another thread is waited for. It is kept until it is forgotten."""
         with self._turn:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(LOADS, "adapterkit-load")
             for name in names:
-                if name not in self._running:
+                if name not in self._running and name not in held:
                     self._running[name] = self._pool.submit(make, name)
-            futures = {name: self._running[name] for name in names}
+            futures = {name: self._running[name] for name in names if name in self._running}
         try:
             return {name: future.result() for name, future in futures.items()}
         except BaseException:  # those that failed are tried again next time
-            self._forget(futures)
+            self.forget(futures)
             raise
 
-    def taken(self, names: Collection[str], make: Callable[[str], Any]) -> dict[str, Any]:
-        """The same, once."""
-        found = self.made(names, make)
-        self._forget(names)
-        return found
-
-    def _forget(self, names: Iterable[str]) -> None:
+    def forget(self, names: Iterable[str]) -> None:
         with self._turn:
             for name in names:
                 self._running.pop(name, None)

@@ -137,7 +137,7 @@ class Stock:
         """Reads those that are not here, whatever else goes on; `summon` then has them at once."""
         missing = names - {*self.names}
         if self.demand is not None and missing:
-            self.demand.made(missing, self._fetched)
+            self.demand.made(missing, self._fetched, self.lowered)
 
     def summon(self, names: Collection[str], active: Collection[str]) -> bool:
         """Loads those that are not here, if there is a budget for it; active: not to be evicted.
@@ -149,20 +149,28 @@ class Stock:
         missing = [str(name) for name in names if name not in known]
         if not missing:
             return False
-        made = self.demand.taken(missing, self._fetched)
-        new = {name: pair for name, pair in made.items() if name not in self.lowered}
+        try:
+            made = self.demand.made(missing, self._fetched, self.lowered)
+            return self._take(self.demand, made, {*names, *active})
+        finally:  # once they are held, so that no thread finds them neither made nor held
+            self.demand.forget(missing)
+
+    def _take(
+        self, demand: Demand, new: Mapping[str, tuple[Folder, Lowered]], used: Collection[str]
+    ) -> bool:
+        """Makes room and keeps them. Whether others were moved."""
         sizes = {name: lowered.size for name, (_, lowered) in new.items()}
-        fixed = sum(o.size for n, o in self.lowered.items() if n not in self.demand.sizes)
-        kept = {*names, *active, *(name for name, count in self._pins.items() if count > 0)}
-        for gone in [*self.demand.room_for(sizes, kept, fixed)]:
+        fixed = sum(o.size for n, o in self.lowered.items() if n not in demand.sizes)
+        kept = {*used, *(name for name, count in self._pins.items() if count > 0)}
+        for gone in [*demand.room_for(sizes, kept, fixed)]:
             self.drop(gone)
-            self.demand.evicted()
+            demand.evicted()
         self.folders |= {name: folder for name, (folder, _) in new.items()}
         # room for as many of them as the budget has, so that no bank grows beyond it
-        self._engine.updates.banks.reserve(self.demand.budget // max(1, *sizes.values()))
+        self._engine.updates.banks.reserve(demand.budget // max(1, *sizes.values()))
         moved = self.keep({name: lowered for name, (_, lowered) in new.items()})
         for name in new:
-            self.demand.loaded(name, sizes[name])
+            demand.loaded(name, sizes[name])
         return moved
 
     def _fetched(self, name: str) -> tuple[Folder, Lowered]:
