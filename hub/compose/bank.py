@@ -26,11 +26,12 @@ class Banked(LowRank):
 
 
 class Bank:
-    """a (rows, in), b (rows, out): zeros where no adapter lies."""
+    """a (rows, in), b (rows, out). Rows in front of the last that was ever taken hold factors, if
+    only of an adapter that is gone; what is behind them holds anything, and is never looked at."""
 
     def __init__(self, like: LowRank, rows: int) -> None:
-        self.a = like.A.new_zeros(rows, like.A.shape[1])
-        self.b = like.B.new_zeros(rows, like.B.shape[0])
+        self.a = like.A.new_empty(rows, like.A.shape[1])
+        self.b = like.B.new_empty(rows, like.B.shape[0])
         self._spans: list[tuple[int, int]] = []
 
     @property
@@ -74,7 +75,7 @@ class Bank:
     def _grow(self, rows: int) -> None:
         for name in ("a", "b"):
             old: Tensor = getattr(self, name)
-            new = old.new_zeros(rows, old.shape[1])
+            new = old.new_empty(rows, old.shape[1])
             new[: len(old)] = old
             setattr(self, name, new)
 

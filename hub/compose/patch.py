@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -39,9 +40,15 @@ class Patch:
         self.fixed: Runner | None = None  # what is recorded instead, where memory is reserved
         self._is_offloaded = is_offloaded(module)
         self._had_own = "forward" in vars(module)  # accelerate's wrapper, for one
-        # the classes of quantized layers hold no dense weight: theirs is multiplied directly
-        self._twin = None if replacing.is_quantized(module) else replacing.shadow(module)
         setattr(module, "forward", self.forward)  # noqa: B010 (a method cannot be assigned to)
+
+    @cached_property
+    def _twin(self) -> nn.Module | None:
+        """Another of its class that may hold other parameters; the classes of quantized layers
+        hold no dense weight: theirs is multiplied directly."""
+        if replacing.is_quantized(self.module):
+            return None
+        return replacing.shadow(self.module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.fixed is not None and _is_recorded():

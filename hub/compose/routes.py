@@ -107,7 +107,7 @@ class Gates:
         self.gates = gates.to(device)
         self.slots = grouped.slots_of(spans, place, width, device)
         self._spread: dict[Layout, Tensor] = {}
-        self._order: dict[Layout, Tensor | None] = {}
+        self._order: dict[Layout, Order | None] = {}
         self._groups: dict[Layout, grouped.Groups | None] = {}
 
     def held(self, bank: Bank) -> tuple[Tensor, Tensor]:
@@ -124,22 +124,26 @@ class Gates:
                 self._spread[layout] = self.gates[self.rows.index(layout, device)]
         return self._spread[layout]
 
-    def order(self, layout: Layout, device: torch.device) -> Tensor | None:
+    def order(self, layout: Layout, device: torch.device) -> Order | None:
         """Rows in the order of the slots, where each slot has as many of them as the others; None
         where a batched product is not of use."""
         if layout not in self._order:
             self._order[layout] = self._ordered(layout, device)
         return self._order[layout]
 
-    def _ordered(self, layout: Layout, device: torch.device) -> Tensor | None:
+    def _ordered(self, layout: Layout, device: torch.device) -> Order | None:
         if self.slots is None:
             return None
         slots = self._slots_of(self.slots, layout)
         counts = {slots.count(slot) for slot in range(self.slots.count)}
         if None in slots or len(counts) > 1:
             return None
+        there = sorted(range(len(slots)), key=lambda row: slots[row] or 0)
+        if there == list(range(len(slots))):
+            return Order()
         with lasting():
-            return torch.tensor(slots, device=device).argsort(stable=True)
+            order = torch.tensor(there, device=device)
+            return Order(order, order.argsort())
 
     def groups(self, layout: Layout) -> grouped.Groups | None:
         """Rows that have an adapter, by slots; None where no row has one, or one has several."""
@@ -153,6 +157,14 @@ class Gates:
     def _slots_of(self, slots: grouped.Slots, layout: Layout) -> list[int | None]:
         """Of each row."""
         return [slots.places[mix] for mix in self.rows.spread(layout)]
+
+
+@dataclass(frozen=True)
+class Order:
+    """Rows in the order of their slots, and back; None where they are in it already."""
+
+    there: Tensor | None = None
+    back: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -173,9 +185,9 @@ class ByGates:
 
     def added(self, module: Any, x: Tensor, y: Tensor) -> Tensor:
         layout = self.gates.rows.within(x.shape, self.path)
-        if x.ndim == 3 and x.shape[1] > 1:
+        if x.ndim == 3 and layout.tokens == 1:
             order = self.gates.order(layout, x.device)
-            if order is not None and layout.tokens == 1:
+            if order is not None:
                 return self._batched(x, y, order)
         if self.groups and y.numel() >= grouped.TOKENS * y.shape[-1]:
             groups = self.gates.groups(layout)
@@ -191,17 +203,20 @@ class ByGates:
         rank = len(self.A) if self.gates.slots is None else self.gates.slots.rank
         return self.A.view(-1, rank, self.A.shape[-1]), self.B.view(-1, rank, self.B.shape[-1])
 
-    def _batched(self, x: Tensor, y: Tensor, order: Tensor) -> Tensor:
+    def _batched(self, x: Tensor, y: Tensor, order: Order) -> Tensor:
         slots = self.gates.slots
         if slots is None:
             raise InvalidError(f"{self.path} has no slots of one rank")
         a, b = self._by_slot()
-        mine = x[order].to(a.dtype).reshape(slots.count, -1, x.shape[-1])
-        z = torch.bmm(mine, a.mT)
+        if order.there is not None:
+            x, y = x[order.there], y[order.there]
+        z = torch.bmm(x.to(a.dtype).reshape(slots.count, -1, x.shape[-1]), a.mT)
         z.mul_(slots.scales)
-        made = torch.bmm(z, b).view(*y.shape)
-        total = y[order] + made
-        return total[order.argsort()]
+        start = y.reshape(slots.count, -1, y.shape[-1])
+        same = start.dtype == b.dtype
+        made = torch.baddbmm(start, z, b) if same else start + torch.bmm(z, b)
+        total = made.view(y.shape)
+        return total if order.back is None else total[order.back]
 
 
 @dataclass(frozen=True)
