@@ -149,6 +149,69 @@ def test_other_kinds_are_followed_too(
                 assert (compiled.check() - base).abs().max() > 1e-3
 
 
+def test_more_than_is_reserved_is_announced_and_right(
+    compiled: Compiled, sources: dict[str, Any], folder: Folder
+) -> None:
+    with attach(compiled.model, slots=1, max_rank=8) as adapters:
+        for name, source in sources.items():
+            adapters.add(name, source)
+        adapters.activate(["a"])
+        compiled.check()
+        with pytest.warns(AdapterWarning, match="12 active ranks.* max_rank=12"):
+            adapters.activate(["a", "b"])
+        compiled.check()
+        rows = ["a", "b", "c", None]
+        with (
+            pytest.warns(AdapterWarning, match="in 4 mixes.*slots=4"),
+            adapters.routed(rows),
+        ):
+            compiled.check()
+        compiled.check()
+        adapters.add("wide", folder("llama", lora(24, ["q_proj", "o_proj"])))
+        with pytest.warns(AdapterWarning, match="24 active ranks"):
+            adapters.activate(["wide"])
+        compiled.check()
+
+
+def test_rows_of_another_number_than_the_batch_are_spread_or_refused(
+    compiled: Compiled, sources: dict[str, Any]
+) -> None:
+    """As in eager mode: each row for its beams."""
+    with attach(compiled.model, sources, slots=4, max_rank=16) as adapters:
+        with adapters.routed(["a", "b", None, "c"]):
+            compiled.check()
+            compiled.check(tokens(8)["input_ids"])
+            with pytest.raises(InvalidError, match="6 rows, and 4 are routed"):
+                compiled.logits(tokens(6)["input_ids"])
+        with adapters.routed(["b", None]):
+            compiled.check()
+
+
+def test_an_adapter_of_new_modules_is_seen_by_compiled_code(
+    compiled: Compiled, sources: dict[str, Any], folder: Folder
+) -> None:
+    with attach(compiled.model, sources, slots=4, max_rank=16) as adapters:
+        adapters.activate(["a"])
+        before = compiled.check()
+        adapters.add("new", folder("llama", lora(4, ["o_proj", "lm_head"])))
+        adapters.activate(["a", "new"])
+        assert (compiled.check() - before).abs().max() > 1e-3
+        adapters.activate(["a"])
+        torch.testing.assert_close(compiled.check(), before)
+    compiled.check()
+
+
+def test_a_model_compiled_before_attaching_is_compiled_again(
+    compiled: Compiled, sources: dict[str, Any]
+) -> None:
+    base = compiled.logits()
+    with attach(compiled.model, {"a": sources["a"]}):
+        assert (compiled.check() - base).abs().max() > 1e-3
+    torch.testing.assert_close(compiled.check(), base)
+    with pytest.raises(InvalidError, match="the model is compiled"):
+        attach(compiled.code, sources)
+
+
 @pytest.mark.parametrize("value", [0, -1, 2.5, "8", True])
 @pytest.mark.parametrize("name", ["slots", "max_rank"])
 def test_what_is_no_size_is_refused(name: str, value: Any) -> None:

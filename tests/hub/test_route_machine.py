@@ -1,5 +1,5 @@
-"""Whatever is added, removed, swapped, activated and routed, in whatever order: the model is what it
-is with the same adapters attached anew."""
+"""Whatever is added, removed, swapped, activated and routed, in whatever order: the model is what
+it is with the same adapters attached anew."""
 
 from __future__ import annotations
 
