@@ -154,6 +154,5 @@ def suggestions(keep: Path | None) -> dict[str, str]:
         f"adapter check demo/sea --base {base}": "fits",
         f"adapter check demo/sea --base {other}": "refused",
         f"adapter base {base}": "",
-        f"adapter run demo/sea=0.7 demo/space=0.3 --base {base} --prompt 'the ' --compare"
-        " --max-new-tokens 60": "",
+        f"adapter run demo/sea demo/space --base {base} --prompt 'the ' --compare": "",
     }

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Executor
 from contextlib import contextmanager
+from typing import Any
 
 from adapterkit.hub.findings import clean
 from adapterkit.registry.errors import AdapterError, InvalidError, RemoteError, UnreachableError
+
+WAIT = 60
 
 
 @contextmanager
@@ -35,8 +38,19 @@ def cluster(address: str) -> Iterator[Executor]:
             raise UnreachableError(f"no cluster answers at {clean(address)}: {error}") from error
         try:
             with client:
+                _require_workers(client, address)
                 yield client.get_executor(pure=False)  # type: ignore[no-untyped-call]
         except KilledWorker as error:
             raise RemoteError(f"every worker that took a task died: {error}") from error
         except CancelledError as error:
             raise RemoteError(f"the cluster at {clean(address)} went away") from error
+
+
+def _require_workers(client: Any, address: str) -> None:
+    """Tasks would wait for them without end."""
+    try:
+        client.wait_for_workers(1, timeout=WAIT)
+    except TimeoutError as error:
+        raise UnreachableError(
+            f"the cluster at {clean(address)} has no workers after {WAIT} seconds"
+        ) from error

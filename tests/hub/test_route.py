@@ -91,7 +91,9 @@ def check_rows(model: Any, adapters: Any, rows: list[Any], inputs: Mapping[str, 
         expected = run(model, of_row(inputs, number))[0]
         gap = float((found[number] - expected).abs().max())
         assert gap <= 1e-5 * max(1.0, float(expected.abs().max())), (row, gap)
-        changes = isinstance(row, str) or any((row or {}).values())
+        # trained rows of a table change nothing where their tokens do not occur
+        changes = "trainable_tokens" not in str(row)
+        changes &= isinstance(row, str) or any((row or {}).values())
         assert not changes or (found[number] - base[number]).abs().max() > 1e-3, row
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -159,18 +160,23 @@ def test_processes_make_the_same_bytes(works: dict[str, Work], forked: Any):
             assert works[name](pool) == works[name](None)
 
 
-@pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory, forked: Any) -> Iterator[str]:
-    """The address of a cluster of two processes, each in a folder of its own."""
-    folder = tmp_path_factory.mktemp("cluster")
+@contextmanager
+def started(folder: Path, count: int) -> Iterator[str]:
+    """The address of a cluster of as many processes, each in a folder of its own."""
     with (
         dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
         LocalCluster(
-            n_workers=2, threads_per_worker=1, local_directory=str(folder), dashboard_address=None,
-            silence_logs=50,
+            n_workers=count, threads_per_worker=1, local_directory=str(folder),
+            dashboard_address=":0", silence_logs=50,
         ) as found,
     ):  # fmt: skip
         yield found.scheduler_address
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory, forked: Any) -> Iterator[str]:
+    with started(tmp_path_factory.mktemp("cluster"), 2) as address:
+        yield address
 
 
 def test_machines_make_the_same_bytes(machines: str, works: dict[str, Work]):
@@ -203,9 +209,10 @@ class Dying(Relayed):
 
 
 def test_a_machine_that_dies_midway_changes_nothing(
-    machines: str, works: dict[str, Work], tmp_path: Path
+    forked: Any, works: dict[str, Work], tmp_path: Path
 ):
-    with cluster(machines) as executor:
+    """Two die of three, whether or not others take their place."""
+    with started(tmp_path / "cluster", 3) as address, cluster(address) as executor:
         for name in ("ties and svd", "bf16"):
             flag = tmp_path / name
             assert works[name](Dying(executor, flag)) == works[name](None)
@@ -222,6 +229,19 @@ def test_the_command_line_takes_the_address_of_a_cluster(
         assert done.exit_code == 0, done.output
     here, there = ({p.name: p.read_bytes() for p in place.iterdir()} for place in places)
     assert here == there
+
+
+def test_a_cluster_without_workers_is_said_so(
+    forked: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its tasks would wait without end."""
+    monkeypatch.setattr("adapterkit.hub.cluster.WAIT", 1)
+    with (
+        started(tmp_path, 0) as address,
+        pytest.raises(UnreachableError, match="has no workers after 1 seconds"),
+        cluster(address),
+    ):
+        pass
 
 
 def test_no_cluster_is_said_so():
