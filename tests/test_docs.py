@@ -22,8 +22,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/cli.md")
 CONSOLE = re.compile(r"(?<=```console\n).*?(?=^```)", re.M | re.S)
 PYCON = re.compile(r"(?<=```pycon\n).*?(?=^```)", re.M | re.S)
-# What differs from run to run: the day, the time, the folder the page runs in.
+# What differs from run to run: the day, the time; and, from one processor to another, the digest of
+# what was computed.
 VOLATILE = (
+    (re.compile(r"^  sha256:[0-9a-f]{64}$", re.M), "  sha256:..."),
     (re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d+)?)?Z?)?"), "2026-01-01"),
     (re.compile(r"\d+(\.\d+)? ?m?s\b"), "1 s"),
 )
