@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Executor
+from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 from adapterkit.hub.findings import clean
+from adapterkit.hub.workers import AHEAD
 from adapterkit.registry.errors import AdapterError, InvalidError, RemoteError, UnreachableError
 
 WAIT = 60
@@ -39,11 +40,29 @@ def cluster(address: str) -> Iterator[Executor]:
         try:
             with client:
                 _require_workers(client, address)
-                yield client.get_executor(pure=False)  # type: ignore[no-untyped-call]
+                with Machines(client) as machines:
+                    yield machines
         except KilledWorker as error:
             raise RemoteError(f"every worker that took a task died: {error}") from error
         except CancelledError as error:
             raise RemoteError(f"the cluster at {clean(address)} went away") from error
+
+
+class Machines(Executor):
+    """Dask's own executor looks at the state of a task after it has its result: when the worker
+    that held it dies in between, the result is lost, and a TypeError is all that is said."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._waiting = ThreadPoolExecutor(AHEAD)
+
+    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        """For tasks that may be done twice: one whose worker is gone is done by another."""
+        asked = self._client.submit(function, *arguments, pure=False, **named)
+        return self._waiting.submit(asked.result)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        self._waiting.shutdown(wait=False, cancel_futures=True)
 
 
 def _require_workers(client: Any, address: str) -> None:

@@ -51,6 +51,11 @@ class FileSource:
             raise DamagedError(f"{shown} is not a file (a device, pipe or socket)")
         return cls(path, name or path.name, status.st_size)
 
+    def _truncated(self, start: int, expected: int, found: int) -> DamagedError:
+        return DamagedError(
+            f"{clean(self.name)} is truncated: expected {expected} bytes at {start}, found {found}"
+        )
+
     def read_into(self, start: int, view: memoryview) -> None:
         """The same, into memory that is there already."""
         try:
@@ -60,10 +65,7 @@ class FileSource:
                 while place < len(view):
                     count = file.readinto(view[place:])
                     if not count:
-                        raise DamagedError(
-                            f"{clean(self.name)} is truncated: expected {len(view)} bytes at"
-                            f" {start}, found {place}"
-                        )
+                        raise self._truncated(start, len(view), place)
                     place += count
         except OSError as error:
             raise DamagedError(f"{clean(self.name)} cannot be read: {error.strerror}") from error
@@ -75,10 +77,7 @@ class FileSource:
                 while len(data) < size:  # pread stops at 2 GiB
                     more = os.pread(file.fileno(), size - len(data), start + len(data))
                     if not more:
-                        raise DamagedError(
-                            f"{clean(self.name)} is truncated: expected {size} bytes at {start},"
-                            f" found {len(data)}"
-                        )
+                        raise self._truncated(start, size, len(data))
                     data += more
         except OSError as error:
             raise DamagedError(f"{clean(self.name)} cannot be read: {error.strerror}") from error

@@ -27,7 +27,7 @@ EXACT = {
 SUMS = ("sum", "svd", "average")
 # PEFT's names: on both factors apart, and with _svd on the change itself.
 PEFT = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-# Those of AdapterHub's average_adapter, which are of whole adapters: `mixing.library`.
+# Those of AdapterHub's average_adapter, which are of whole adapters (hub/mixing).
 ADAPTERS = ("linear", "lora_linear_only_negate_b", "lora_delta_w_svd")
 
 

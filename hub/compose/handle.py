@@ -236,13 +236,13 @@ class Adapters:
         self._prefetch(rows)
         with self._turn:
             ready = self._made(("rows", key_of(rows)), partial(self._routes, rows))
-            pin = self._stock.pin(ready.names)
-            pin.__enter__()
+            self._stock.pin(ready.names)
         try:
             with self._engine.bound(ready):
                 yield
         finally:
-            pin.__exit__(None, None, None)
+            with self._turn:
+                self._stock.unpin(ready.names)
 
     def _routes(self, rows: Sequence[Row]) -> Ready:
         if isinstance(rows, str | Mapping) or not rows:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -123,15 +122,12 @@ class Stock:
         """Whether rows of some thread have it."""
         return self._pins[name] > 0
 
-    @contextmanager
-    def pin(self, names: Iterable[str]) -> Iterator[None]:
-        """Nothing of these makes room for others meanwhile."""
-        held = list(names)
-        self._pins.update(held)
-        try:
-            yield
-        finally:
-            self._pins.subtract(held)
+    def pin(self, names: Iterable[str]) -> None:
+        """Nothing of these makes room for others, until they are unpinned as often."""
+        self._pins.update(names)
+
+    def unpin(self, names: Iterable[str]) -> None:
+        self._pins.subtract(names)
 
     def prefetch(self, names: set[str]) -> None:
         """Reads those that are not here, whatever else goes on; `summon` then has them at once."""
