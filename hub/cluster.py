@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from adapterkit.hub.findings import clean
@@ -72,4 +73,10 @@ def _require_workers(client: Any, address: str) -> None:
     except TimeoutError as error:
         raise UnreachableError(
             f"the cluster at {clean(address)} has no workers after {WAIT} seconds"
+        ) from error
+    try:  # a worker that cannot read a task drops out, and its tasks wait for others
+        client.run(import_module, "adapterkit.hub.parcels")
+    except ImportError as error:
+        raise RemoteError(
+            f"a worker of the cluster at {clean(address)} has no adapterkit: {error}"
         ) from error

@@ -19,12 +19,18 @@ import cloudpickle
 import dask
 import pytest
 from click.testing import CliRunner
-from distributed import LocalCluster
+from distributed import Client, LocalCluster
 
 from adapterkit.cli.main import main
 from adapterkit.hub import blend, merge, parcels, workers
 from adapterkit.hub.cluster import cluster
-from adapterkit.registry.errors import AdapterError, DamagedError, InvalidError, UnreachableError
+from adapterkit.registry.errors import (
+    AdapterError,
+    DamagedError,
+    InvalidError,
+    RemoteError,
+    UnreachableError,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::adapterkit.registry.errors.AdapterWarning")
 # A file of tests is on no worker's path.
@@ -194,6 +200,19 @@ def dying(flag: str, function: Any, parcel: Any) -> Any:
     return os.kill(os.getpid(), signal.SIGKILL)
 
 
+class ByValue:
+    """A function of this file, for machines that have no such file."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._data = cloudpickle.dumps(function)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return cloudpickle.loads, (self._data,)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return cloudpickle.loads(self._data)(*arguments)
+
+
 class Dying(Relayed):
     """The third parcel kills who works on it, once."""
 
@@ -205,7 +224,7 @@ class Dying(Relayed):
         if len(self.sent) != 2:
             return super().submit(function, *arguments)
         self.sent.append(arguments[0])
-        return self._executor.submit(dying, str(self._flag), function, *arguments)
+        return self._executor.submit(ByValue(dying), str(self._flag), function, *arguments)
 
 
 def test_a_machine_that_dies_midway_changes_nothing(
@@ -242,6 +261,18 @@ def test_a_cluster_without_workers_is_said_so(
         cluster(address),
     ):
         pass
+
+
+def hidden() -> None:
+    sys.modules["adapterkit.hub.parcels"] = None  # type: ignore[assignment]
+
+
+def test_a_machine_without_the_program_is_said_so(forked: Any, tmp_path: Path):
+    """It would drop out with each task that it cannot read."""
+    with started(tmp_path, 1) as address, Client(address) as client:
+        client.run(ByValue(hidden))
+        with pytest.raises(RemoteError, match="has no adapterkit"), cluster(address):
+            pass
 
 
 def test_no_cluster_is_said_so():
